@@ -1,0 +1,162 @@
+"""Similarity artifacts: one safetensors file with an N x N expert-similarity matrix per MoE layer.
+
+A file holds one tensor ``similarity.<layer id>`` (float16 or float32, ``[N, N]``) per layer and
+string metadata that says where the matrices come from. Row ``u`` of a matrix answers "which
+expert can stand in for ``u``": larger is closer (SERE, arXiv 2602.07616, section 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import ArtifactError
+
+FORMAT = "sglang-moe-routing/similarity"
+FORMAT_VERSION = 1
+PREFIX = "similarity."
+DTYPES = (torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What values a similarity metric can take."""
+
+    symmetric: bool
+    lowest: float
+    highest: float = 1.0
+
+
+METRICS: Mapping[str, Metric] = {
+    "frobenius": Metric(symmetric=True, lowest=0.0),
+    "cosine": Metric(symmetric=True, lowest=0.0),
+    "cka": Metric(symmetric=True, lowest=0.0),
+    "weights": Metric(symmetric=True, lowest=0.0),
+    "routed": Metric(symmetric=False, lowest=float("-inf")),
+}
+
+
+@dataclass(frozen=True)
+class SimilarityArtifact:
+    """Similarity matrices of one model.
+
+    Attributes:
+        matrices: layer id -> ``[N, N]`` float16/float32 matrix on the CPU.
+        metric: one of `METRICS`.
+        model: name of the model that was calibrated.
+        details: free-form provenance (calibration data, sizes, versions, date), JSON values.
+        sha256: digest of the file it was read from, empty if it was made in memory.
+    """
+
+    matrices: Mapping[int, Tensor]
+    metric: str
+    model: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+    @property
+    def num_experts(self) -> int:
+        return next(iter(self.matrices.values())).shape[0]
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted(self.matrices)
+
+
+def save_artifact(artifact: SimilarityArtifact, path: str | Path) -> None:
+    """Validate and write `artifact`. Raises `ArtifactError` if its matrices are not usable."""
+    _validate(artifact, Path(path))
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "metric": artifact.metric,
+        "model": artifact.model,
+        "details": json.dumps(artifact.details, sort_keys=True),
+    }
+    tensors = {f"{PREFIX}{i}": m.contiguous() for i, m in artifact.matrices.items()}
+    save_file(tensors, str(path), metadata)
+
+
+def load_artifact(path: str | Path) -> SimilarityArtifact:
+    """Read and validate a similarity artifact.
+
+    Raises:
+        ArtifactError: missing or foreign file, unknown metric, wrong shape or dtype, a matrix
+            that is not finite, not symmetric where the metric is, or outside its range.
+    """
+    path = Path(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such similarity artifact") from None
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
+        raise ArtifactError(
+            f"{path}: format is {metadata.get('format')!r} version "
+            f"{metadata.get('format_version')!r}, expected {FORMAT!r} version {FORMAT_VERSION}"
+        )
+    artifact = SimilarityArtifact(
+        matrices={_layer_id(name, path): tensor for name, tensor in tensors.items()},
+        metric=metadata.get("metric", ""),
+        model=metadata.get("model", ""),
+        details=json.loads(metadata.get("details", "{}")),
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+    _validate(artifact, path)
+    return artifact
+
+
+def _layer_id(name: str, path: Path) -> int:
+    suffix = name.removeprefix(PREFIX)
+    if suffix == name or not suffix.isdecimal():
+        raise ArtifactError(f"{path}: unexpected tensor {name!r}, expected '{PREFIX}<layer id>'")
+    return int(suffix)
+
+
+def _validate(artifact: SimilarityArtifact, path: Path) -> None:
+    if artifact.metric not in METRICS:
+        raise ArtifactError(
+            f"{path}: unknown metric {artifact.metric!r}; known: {', '.join(METRICS)}"
+        )
+    if not artifact.matrices:
+        raise ArtifactError(f"{path}: holds no similarity matrix")
+    metric, num_experts = METRICS[artifact.metric], artifact.num_experts
+    for layer, matrix in artifact.matrices.items():
+        where = f"{path}: {PREFIX}{layer}"
+        if matrix.dtype not in DTYPES:
+            raise ArtifactError(f"{where}: dtype is {matrix.dtype}, expected float16 or float32")
+        if matrix.shape != (num_experts, num_experts):
+            raise ArtifactError(
+                f"{where}: shape is {tuple(matrix.shape)}, expected {(num_experts, num_experts)}"
+            )
+        _validate_values(matrix.float(), metric, where)
+
+
+def _validate_values(matrix: Tensor, metric: Metric, where: str) -> None:
+    tolerance = 2e-3  # float16 resolution near 1, twice
+    if not bool(torch.isfinite(matrix).all()):
+        raise ArtifactError(f"{where}: has NaN or infinite values")
+    low, high = float(matrix.min()), float(matrix.max())
+    if low < metric.lowest - tolerance or high > metric.highest + tolerance:
+        raise ArtifactError(
+            f"{where}: values span [{low:.4g}, {high:.4g}], "
+            f"expected [{metric.lowest}, {metric.highest}]"
+        )
+    off = float((matrix.diagonal() - 1).abs().max())
+    if off > tolerance:
+        raise ArtifactError(f"{where}: diagonal is off 1 by {off:.4g}")
+    skew = float((matrix - matrix.T).abs().max())
+    if metric.symmetric and skew > tolerance:
+        raise ArtifactError(f"{where}: asymmetric by {skew:.4g}, but its metric is symmetric")

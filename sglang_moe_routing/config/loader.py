@@ -1,0 +1,189 @@
+"""Read a routing config file. Every error names the file, the line, the key path and the value."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from ..errors import ConfigError
+from ..policies import PolicyRegistry, installed_registry
+from .schema import RoutingConfig, model_for
+
+BUNDLED = "configs"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A validated config and the file it came from.
+
+    Attributes:
+        config: the validated content.
+        path: the file.
+        sha256: digest of the file's bytes.
+        similarity_paths: artifact name -> absolute path, variables expanded.
+    """
+
+    config: RoutingConfig
+    path: Path
+    sha256: str
+    similarity_paths: dict[str, Path]
+
+
+def load_config(path: str | Path, registry: PolicyRegistry | None = None) -> LoadedConfig:
+    """Read and validate a routing config.
+
+    Args:
+        registry: policy kinds that the file may use; all installed ones if absent.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or does not fit the schema. Every problem
+            of the file is listed.
+        PolicyError: an installed policy package is broken.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the routing config: {error.strerror}") from None
+    tree, content = _parse(path, raw)
+    registry = registry or installed_registry()
+    model = model_for(registry)
+    try:
+        config = model.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(e, model, registry, tree) for e in error.errors()]
+        raise ConfigError("\n".join(f"{path}:{problem}" for problem in problems)) from None
+    return LoadedConfig(
+        config=config,
+        path=path.resolve(),
+        sha256=hashlib.sha256(raw).hexdigest(),
+        similarity_paths={
+            name: _expand(path, tree, name, value) for name, value in config.similarity.items()
+        },
+    )
+
+
+def bundled_config(name: str) -> Path:
+    """Path of a ready-made config that ships with the package, such as ``default.yaml``."""
+    package = Path(__file__).parents[1]
+    for folder in (package / BUNDLED, package.parent / BUNDLED):  # wheel, checkout
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"no ready-made config {name!r} in this installation")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys, which PyYAML silently overwrites."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path, raw: bytes) -> tuple[yaml.Node | None, Any]:
+    try:
+        return yaml.compose(raw, Loader=_Loader), yaml.load(raw, Loader=_Loader)  # noqa: S506
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+
+
+def _describe(
+    error: ErrorDetails,
+    model: type[BaseModel],
+    registry: PolicyRegistry,
+    tree: yaml.Node | None,
+) -> str:
+    """One line: ``line: key.path: what is wrong and what would be right``."""
+    loc = list(error["loc"])
+    if len(loc) > 2 and loc[0] == "policies":  # drop the union tag that pydantic inserts
+        kind = str(loc.pop(2))
+        known_fields = _fields(registry[kind], loc[2:-1])
+    else:
+        known_fields = _fields(model, loc[:-1])
+    message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
+    if error["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(str(loc[-1]), known_fields, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known_fields)}"
+        message = f"unknown key, {hint}"
+    elif error["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        loc.append("kind")
+        kind = value.get("kind") if isinstance(value, dict) else None
+        found = f"{kind!r} is not a policy kind" if kind is not None else "missing"
+        message = f"{found}; known: {', '.join(registry)}"
+    elif error["type"] == "missing":
+        message = "missing; this key is required"
+    elif error["type"] != "value_error":
+        message = f"{message}, got {value!r}"
+    if error["type"] == "value_error" and not loc:
+        where, _, message = message.partition(": ")  # our own checks lead with the key path
+        return f"{_line(tree, where.split('.'))}: {where}: {message}"
+    where = ".".join(map(str, loc)) or "the file"
+    return f"{_line(tree, loc)}: {where}: {message}"
+
+
+def _fields(model: Any, loc: Sequence[int | str]) -> list[str]:
+    """Field names of the (sub-)model that `loc` leads to."""
+    for key in loc:
+        field = getattr(model, "model_fields", {}).get(key)
+        if field is None:
+            return []
+        model = next(_models(field.annotation), None)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models(argument)
+
+
+def _line(tree: yaml.Node | None, loc: Sequence[int | str]) -> int:
+    """1-based line of the deepest node that `loc` leads to."""
+    node, line = tree, 1
+    for key in loc:
+        if isinstance(node, yaml.MappingNode):
+            pairs = {k.value: (k, v) for k, v in node.value}
+            if str(key) not in pairs:
+                break
+            key_node, node = pairs[str(key)]
+            line = key_node.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _expand(path: Path, tree: yaml.Node | None, name: str, value: str) -> Path:
+    missing = [v for v in re.findall(r"\$\{(\w+)\}", value) if v not in os.environ]
+    if missing:
+        line = _line(tree, ["similarity", name])
+        raise ConfigError(
+            f"{path}:{line}: similarity.{name}: environment variable {missing[0]} "
+            f"in {value!r} is not set"
+        )
+    expanded = re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], value)
+    return (path.parent / Path(expanded).expanduser()).resolve()

@@ -1,0 +1,128 @@
+"""The schema of a routing config file. Pure data: opens no file, touches no device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self, Union
+
+from pydantic import Discriminator, Field, SerializeAsAny, Tag, create_model, model_validator
+
+from ..policies import Policy, PolicyRegistry, Vanilla
+from ..policies.base import StrictModel
+
+VANILLA = "vanilla"
+DEFAULT_HEADER = "X-MoE-Routing-Policy"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+
+
+class RoutingConfig(StrictModel):
+    """A routing config: which policies there are, who may use them, and when they act."""
+
+    version: Literal[1]
+    """Version of this file format."""
+    default: Name = VANILLA
+    """Policy of a request that names none."""
+    header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = DEFAULT_HEADER
+    """HTTP header with which a client picks a policy."""
+    clients_may_choose: Literal["all"] | list[Name] = "all"
+    """Policies that clients may pick: 'all', or a list of names. The default is always allowed."""
+    prefix_cache: Literal["isolated", "shared"] = "isolated"
+    """'isolated': KV made under a policy is reused under the same policy only.
+    'shared': one cache for all; vanilla requests may then read KV that a lossy policy wrote."""
+    statistics: bool = True
+    """Count active experts on the device, read out at /v1/moe_routing/statistics."""
+    similarity: dict[Name, str] = {}
+    """Similarity artifacts by name. Paths are relative to this file; ${VAR} is expanded."""
+    policies: dict[Name, SerializeAsAny[Policy]] = {}
+    """Policies by name. 'vanilla' always exists and need not be listed."""
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Self:
+        if not isinstance(self.policies.get(VANILLA, Vanilla()), Vanilla):
+            raise ValueError(f"policies.{VANILLA}: the name 'vanilla' is reserved for the kind")
+        if self.default not in self.names:
+            raise ValueError(f"default: {self.default!r} is not a policy; {self._known()}")
+        if self.clients_may_choose != "all":
+            for name in self.clients_may_choose:
+                if name not in self.names:
+                    raise ValueError(
+                        f"clients_may_choose: {name!r} is not a policy; {self._known()}"
+                    )
+        for name in self.policies:
+            self.artifact_of(name)
+        return self
+
+    def _known(self) -> str:
+        return f"known: {', '.join(self.names)}"
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Policy names; the place of a name is its policy id. 'vanilla' is 0."""
+        return (VANILLA, *(name for name in self.policies if name != VANILLA))
+
+    @cached_property
+    def definitions(self) -> tuple[Policy, ...]:
+        """Policies in the order of `names`."""
+        return tuple(self.policies.get(name, Vanilla()) for name in self.names)
+
+    @cached_property
+    def choosable(self) -> tuple[str, ...]:
+        """Names that a client may ask for."""
+        if self.clients_may_choose == "all":
+            return self.names
+        allowed = {self.default, *self.clients_may_choose}
+        return tuple(name for name in self.names if name in allowed)
+
+    def artifact_of(self, name: str) -> str | None:
+        """Name of the similarity artifact that policy `name` uses, None if it uses none.
+
+        Raises:
+            ValueError: the artifact is unknown, or not named although there are several.
+        """
+        policy = self.definitions[self.names.index(name)]
+        if not policy.uses_similarity:
+            return None
+        known = ", ".join(self.similarity) or "none"
+        artifact = getattr(policy, "similarity", None)
+        where = f"policies.{name}.similarity"
+        if artifact is None and len(self.similarity) == 1:
+            return next(iter(self.similarity))
+        if artifact is None:
+            raise ValueError(f"{where}: name one of the similarity artifacts; known: {known}")
+        if artifact not in self.similarity:
+            raise ValueError(
+                f"{where}: {artifact!r} is not in the top-level 'similarity' section; "
+                f"known: {known}"
+            )
+        return str(artifact)
+
+
+def model_for(registry: PolicyRegistry) -> type[RoutingConfig]:
+    """`RoutingConfig` whose `policies` are exactly the kinds of `registry`."""
+    classes = registry.classes()
+
+    def kind_of(value: Any) -> Any:
+        return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+
+    members = tuple(Annotated[c, Tag(c.model_fields["kind"].default)] for c in classes)
+    any_policy = Annotated[Union[members], Discriminator(kind_of)]  # noqa: UP007  # a tuple
+    field = RoutingConfig.model_fields["policies"]
+    return create_model(
+        "RoutingConfig",
+        __base__=RoutingConfig,
+        __doc__=RoutingConfig.__doc__,
+        policies=(
+            dict[Name, any_policy],  # type: ignore[valid-type]
+            Field(default={}, description=field.description),
+        ),
+    )
+
+
+def json_schema(registry: PolicyRegistry) -> dict[str, Any]:
+    """JSON schema of a config file, for editors."""
+    schema = model_for(registry).model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "sglang-moe-routing config"
+    return schema

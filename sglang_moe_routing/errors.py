@@ -1,0 +1,27 @@
+"""The exceptions of this package. Imports nothing of ours."""
+
+from __future__ import annotations
+
+
+class RoutingError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class PolicyError(RoutingError, ValueError):
+    """A policy definition, registration or parameter is wrong."""
+
+
+class ConfigError(RoutingError, ValueError):
+    """A routing config cannot be used. The message names file, key path, value and remedy."""
+
+
+class ArtifactError(RoutingError, ValueError):
+    """A similarity artifact is unreadable or does not fit the model."""
+
+
+class RoutingRequestError(RoutingError, ValueError):
+    """A client asked for a policy that it cannot have. Answered with HTTP 400."""
+
+
+class EngineError(RoutingError, RuntimeError):
+    """SGLang, the model or the server flags are not what this package was written for."""

@@ -1,0 +1,185 @@
+"""Attach to a loaded model: find its routed MoE layers, refuse what bypasses us, build tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from sglang.srt.arg_groups.model_override_base import resolved_view
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.hash_topk import HashTopK
+from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
+from torch import Tensor
+
+from ..artifacts import SimilarityArtifact
+from ..errors import ArtifactError, EngineError, PolicyError
+from ..policies import Router, build_table
+from .hooks.topk import LAYER
+from .runtime import Layer, Runtime
+
+
+def attach(runtime: Runtime, model_runner: Any) -> None:
+    """Opt every routed MoE layer of the loaded model in.
+
+    Raises:
+        EngineError: the model has no routed layer that we can reach, or one that bypasses us.
+        PolicyError: a policy does not fit the model.
+        ArtifactError: a similarity artifact does not fit the model.
+    """
+    _check_ranks_agree(runtime)
+    server_args = model_runner.server_args
+    routers = _routed_layers(model_runner.model)
+    for name, artifact in runtime.artifacts.items():
+        _check_artifact(name, artifact, routers)
+    layers = []
+    for index, (topk, experts) in enumerate(routers.values()):
+        layer = _make_layer(runtime, index, topk, experts, model_runner.device)
+        setattr(topk.topk_config, LAYER, layer)
+        layers.append(layer)
+    runtime.attach(layers, torch.device(model_runner.device), _max_rows(server_args, model_runner))
+
+
+def _check_ranks_agree(runtime: Runtime) -> None:
+    """Every tensor-parallel rank must decide alike, also across nodes with their own files."""
+    group = get_tp_group()
+    mine = [runtime.loaded.sha256, *(a.sha256 for a in runtime.artifacts.values())]
+    for rank, theirs in enumerate(group.all_gather_object(mine)):
+        if theirs != mine:
+            raise EngineError(
+                f"tensor-parallel rank {rank} has another routing config or artifact than rank "
+                f"{group.rank_in_group}: copy {runtime.loaded.path} and its artifacts to all nodes"
+            )
+
+
+def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
+    """Router and experts of every MoE layer, by layer id, in layer order."""
+    bypassing = [name for name, m in model.named_modules() if isinstance(m, HashTopK)]
+    if bypassing:
+        raise EngineError(f"{bypassing[0]}: hash-routed layers have no scores to re-route by")
+    routers = {m.layer_id: m for _, m in model.named_modules() if isinstance(m, TopK)}
+    experts = {
+        m.layer_id: m
+        for _, m in model.named_modules()
+        if isinstance(m, FusedMoE) and not m.is_shared_fused_moe
+    }
+    if not experts:
+        raise EngineError(f"{type(model).__name__} has no MoE layers that SGLang routes")
+    missing = sorted(set(experts) - set(routers))
+    if missing:
+        raise EngineError(
+            f"{type(model).__name__}: MoE layers {missing} do not use SGLang's TopK router; "
+            "this model cannot be served with routing policies"
+        )
+    return {layer: (routers[layer], experts[layer]) for layer in sorted(experts)}
+
+
+def _make_layer(
+    runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, device: str
+) -> Layer:
+    config = topk.topk_config
+    where = f"layer {topk.layer_id}"
+    if config.output_format not in (None, TopKOutputFormat.STANDARD):
+        raise EngineError(
+            f"{where}: MoE runner backend {config.runner_backend} routes inside its kernel; "
+            "add --moe-runner-backend triton"
+        )
+    top_k = config.top_k - config.num_shared_topk_slots
+    num_experts = experts.num_experts - experts.num_fused_shared_experts
+    router = make_router(config, where)
+    matrices: Mapping[str, Tensor] = {
+        name: artifact.matrices[topk.layer_id] for name, artifact in runtime.artifacts.items()
+    }
+    try:
+        table = build_table(
+            runtime.config.definitions,
+            layer=topk.layer_id,
+            top_k=top_k,
+            num_experts=num_experts,
+            similarity=matrices,
+            artifacts=[runtime.config.artifact_of(name) for name in runtime.config.names],
+            device=device,
+        )
+    except PolicyError as error:
+        raise PolicyError(f"{runtime.loaded.path}: {error}") from error
+    return Layer(
+        layer_id=topk.layer_id,
+        index=index,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared=config.num_shared_topk_slots,
+        router=router,
+        table=table,
+    )
+
+
+def make_router(config: Any, where: str) -> Router:
+    """How SGLang's `TopKConfig` turns logits into experts and weights.
+
+    Raises:
+        EngineError: a kind of router whose scores we cannot recompute.
+    """
+    backend = config.runner_backend
+    problems = {
+        "a custom routing function": config.custom_routing_function is not None,
+        "packed expert ids": config.fused_gate_packed_ids,
+        "raw logits as weights": (
+            backend is not None
+            and backend.is_flashinfer_trtllm_routed()
+            and not config.renormalize
+            and not config.use_grouped_topk
+        ),
+        "softmax with a correction bias": (
+            config.scoring_func == "softmax"
+            and config.correction_bias is not None
+            and not config.use_grouped_topk
+        ),
+        f"scoring function {config.scoring_func!r}": (
+            config.scoring_func not in ("softmax", "sigmoid", "sqrtsoftplus")
+        ),
+    }
+    for problem, is_present in problems.items():
+        if is_present:
+            raise EngineError(f"{where}: routers with {problem} are not supported")
+    has_groups = config.use_grouped_topk and config.num_expert_group > 1
+    scales_output = config.apply_routed_scaling_factor_on_output
+    return Router(
+        # SGLang's biased grouped router is sigmoid whatever scoring_func says
+        scoring=(
+            "sigmoid"
+            if config.use_grouped_topk and config.correction_bias is not None
+            else config.scoring_func
+        ),
+        renormalize=config.renormalize,
+        scale=config.routed_scaling_factor or 1.0 if scales_output else 1.0,
+        bias=config.correction_bias,
+        num_groups=config.num_expert_group if has_groups else 1,
+        top_groups=config.topk_group if has_groups else 1,
+    )
+
+
+def _check_artifact(
+    name: str, artifact: SimilarityArtifact, routers: Mapping[int, tuple[TopK, FusedMoE]]
+) -> None:
+    where = f"similarity artifact {name!r}"
+    missing = sorted(set(routers) - set(artifact.layers))
+    if missing:
+        raise ArtifactError(
+            f"{where} has no matrix for MoE layers {missing} of this model; it has layers "
+            f"{artifact.layers} (made for {artifact.model or 'an unnamed model'})"
+        )
+    for layer, (_, experts) in routers.items():
+        num_experts = experts.num_experts - experts.num_fused_shared_experts
+        if artifact.matrices[layer].shape[0] != num_experts:
+            raise ArtifactError(
+                f"{where} is for {artifact.matrices[layer].shape[0]} experts, but layer {layer} "
+                f"of this model has {num_experts} (made for {artifact.model or 'an unnamed model'})"
+            )
+
+
+def _max_rows(server_args: Any, model_runner: Any) -> int:
+    """Most rows that one forward can have: prefill chunks, or one prompt if not chunked."""
+    flags = resolved_view(server_args)
+    prefill = (flags.chunked_prefill_size or 0, flags.max_prefill_tokens or 0)
+    return int(max(*prefill, 4096) + model_runner.model_config.context_len)

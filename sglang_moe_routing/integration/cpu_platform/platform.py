@@ -1,0 +1,65 @@
+"""The platform class (SGLang's `SRTPlatform`), selected with SGLANG_PLATFORM=moe_routing_cpu."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+from .. import environment
+
+DEFAULT_KV_TOKENS = 65_536
+"""KV pool where the operator sets none; SGLang would otherwise take 72 % of all memory."""
+
+
+class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # sglang is untyped
+    """CPU with plain torch operators, on any architecture."""
+
+    _enum = PlatformEnum.OOT
+    device_name = "cpu"
+    device_type = "cpu"
+    capabilities = PlatformCapabilities(
+        graph_capture=os.environ.get(environment.EMULATE_GRAPHS) == "1"
+    )
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        return "native"  # "cpu" would choose operators that need AMX kernels
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = "torch_native"
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = DEFAULT_KV_TOKENS
+        server_args.disable_custom_all_reduce = True
+        if not self.capabilities.graph_capture:
+            graphs = server_args.cuda_graph_config
+            for phase in (Phase.DECODE, Phase.PREFILL):
+                graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+            server_args.cuda_graph_config = graphs
+
+    def init_backend(self) -> None:
+        from .moe import register
+
+        register()
+
+    def get_graph_runner_cls(self) -> type | None:
+        if not self.capabilities.graph_capture:
+            return None
+        from .emulated_graphs import EmulatedDecodeGraphRunner
+
+        return EmulatedDecodeGraphRunner
+
+    def get_full_graph_backend_cls(self) -> type[Any]:
+        from .emulated_graphs import EmulatedGraphBackend
+
+        return EmulatedGraphBackend

@@ -1,0 +1,26 @@
+"""Environment variables that this package reads. Children inherit them; flags would not reach."""
+
+CONFIG = "SGLANG_MOE_ROUTING_CONFIG"
+"""Path of the routing config. Unset: the plugin leaves SGLang alone."""
+
+CONFIG_SHA256 = "SGLANG_MOE_ROUTING_CONFIG_SHA256"
+"""Set by the main process: digest of the config, which every worker must find again."""
+
+RECORD = "SGLANG_MOE_ROUTING_RECORD"
+"""Folder for the debug recorder of MoE calls. Unset: off."""
+
+EMULATE_GRAPHS = "SGLANG_MOE_ROUTING_EMULATE_GRAPHS"
+"""Set to 1 on the portable CPU platform: run SGLang's decode graph runner with a backend that
+re-executes instead of replaying. For tests."""
+
+PLATFORM = "moe_routing_cpu"
+"""Name of the portable CPU platform in SGLANG_PLATFORM."""
+
+PLUGIN = "moe_routing"
+"""Name of the routing plugin in SGLANG_PLUGINS."""
+
+SGLANG_VERSION = "0.5.23"
+"""The release that this package is written for."""
+
+EXIT_CODE = 78
+"""Exit status of a server that must not start (EX_CONFIG)."""

@@ -1,0 +1,55 @@
+"""One file per hooked SGLang symbol; its docstring says why there, and when it can go."""
+
+from ..hooking import Hook, Symbol
+from . import (
+    endpoints,
+    forward,
+    forward_batch,
+    generate,
+    graphs,
+    internal_state,
+    load_model,
+    request,
+    response,
+    server,
+    topk,
+)
+
+HOOKS: tuple[Hook, ...] = (
+    topk.HOOK,
+    forward_batch.HOOK,
+    forward.HOOK,
+    graphs.CAPTURE,
+    graphs.PREFILL,
+    load_model.HOOK,
+    request.HOOK,
+    internal_state.HOOK,
+    generate.GENERATE,
+    generate.REPORT,
+    *endpoints.HOOKS,
+    response.HOOK,
+    server.LAUNCH_SERVER,
+    server.LAUNCH,
+)
+
+RELIED_ON: tuple[Symbol, ...] = (
+    Symbol("sglang.srt.layers.moe.topk.TopK"),
+    Symbol("sglang.srt.layers.moe.topk.TopKConfig"),
+    Symbol("sglang.srt.layers.moe.topk.TopKOutputFormat"),
+    Symbol("sglang.srt.layers.moe.hash_topk.HashTopK"),
+    Symbol("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"),
+    Symbol(
+        "sglang.srt.managers.schedule_batch.Req.set_finish_with_abort",
+        ("self", "error_msg", "status_code", "err_type"),
+    ),
+    Symbol("sglang.srt.sampling.sampling_params.SamplingParams.custom_params"),
+    Symbol("sglang.srt.entrypoints.http_server.app"),
+    Symbol(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
+        ("self",),
+    ),
+    Symbol("sglang.srt.distributed.get_tp_group", ()),
+    Symbol("sglang.srt.arg_groups.model_override_base.resolved_view", ("server_args",)),
+    Symbol("sglang.kernels.fused_op.BaseFusedOp.register_oot_forward"),
+    Symbol("sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"),
+)

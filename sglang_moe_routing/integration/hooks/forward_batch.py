@@ -1,0 +1,70 @@
+"""After ``ForwardBatch.init_new``: requests of a batch become one policy id per row.
+
+Why here: the only place that still sees the requests, in row order, and the true forward mode
+(SGLang relabels MIXED as EXTEND later). The plan is host data; `hooks.forward` copies it to the
+device. Rows beyond the requests are beam members, which are always vanilla.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import runtime
+from ..hooking import Hook
+from ..runtime import VANILLA_ID, Plan
+
+PLAN = "_sglang_moe_routing_plan"
+POLICY_ID = "_sglang_moe_routing_policy_id"
+
+
+def after(
+    forward_batch: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any
+) -> None:
+    if not model_runner.is_draft_worker:
+        setattr(forward_batch, PLAN, make_plan(batch, forward_batch.batch_size))
+
+
+def make_plan(batch: Any, batch_size: int) -> Plan | None:
+    """Plan of a `ScheduleBatch`; None where no row can be re-routed."""
+    mode = batch.forward_mode
+    ids = [getattr(req, POLICY_ID) for req in batch.reqs]
+    rids = [req.rid for req in batch.reqs]
+    if mode.is_decode():
+        beam_members = batch_size - len(ids)
+        return Plan(
+            policy_ids=ids + [VANILLA_ID] * beam_members,
+            request_ids=rids + [""] * beam_members,
+            phase=mode.name,
+            is_decode=True,
+        )
+    if not mode.is_extend():
+        return None
+    decoding = {id(req) for req in batch.decoding_reqs or ()} if mode.is_mixed() else set()
+    acts_in_prefill = runtime.current().acts_in_prefill
+    rows: list[int] = []
+    row_rids: list[str] = []
+    for req, policy_id, num_tokens in zip(batch.reqs, ids, batch.extend_lens, strict=True):
+        acts = id(req) in decoding or acts_in_prefill[policy_id]
+        rows += [policy_id if acts else VANILLA_ID] * num_tokens
+        row_rids += [req.rid] * num_tokens
+    if not any(rows):
+        return None
+    return Plan(policy_ids=rows, request_ids=row_rids, phase=mode.name, is_decode=False)
+
+
+HOOK = Hook(
+    target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+    parameters=(
+        "cls",
+        "batch",
+        "model_runner",
+        "capture_hidden_mode",
+        "return_hidden_states_before_norm",
+        "extend_position_info",
+        "spec_mrope_positions",
+        "kv_loc_plan",
+        "write_cols",
+    ),
+    kind="after",
+    function=after,
+)

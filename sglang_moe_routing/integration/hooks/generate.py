@@ -1,0 +1,70 @@
+"""Before ``TokenizerManager.generate_request``, after ``_wait_one_response``.
+
+`generate_request` is the choke point of every endpoint and of the offline `Engine`: each request
+is given the policy that header, body, alias or default name, in ``custom_params``, which travels
+to the scheduler. `_wait_one_response` yields the results of one single request, whose
+``meta_info`` says which policy was applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from ...config import BODY_KEY, VANILLA
+from ...errors import RoutingRequestError
+from .. import runtime
+from ..hooking import Hook
+from ..selecting import forget_selection, select_policies
+
+
+def before(self: Any, obj: Any, request: Any = None) -> None:
+    if not isinstance(obj, GenerateReqInput):
+        forget_selection(request)
+        return
+    names = select_policies(obj.sampling_params, request)
+    config = runtime.current().config
+    if config.default == VANILLA and all(name == VANILLA for name in names):
+        return  # nothing to say: the request stays exactly as it came
+    given = obj.sampling_params
+    items = given if isinstance(given, list) else [given]
+    marked = [_mark(item, name) for item, name in zip(items, names, strict=True)]
+    obj.sampling_params = marked if isinstance(given, list) else marked[0]
+
+
+def _mark(sampling_params: dict[str, Any] | None, name: str) -> dict[str, Any]:
+    params = dict(sampling_params or {})
+    if name != VANILLA and (params.get("beam_width") or 1) > 1:
+        raise RoutingRequestError(
+            f"beam search runs under the vanilla MoE routing policy only, not {name!r}"
+        )
+    params["custom_params"] = {**(params.get("custom_params") or {}), BODY_KEY: name}
+    return params
+
+
+async def report(
+    responses: AsyncIterator[Any], self: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    params = getattr(obj, "sampling_params", None)
+    custom = params.get("custom_params") if isinstance(params, dict) else None
+    name = (custom or {}).get(BODY_KEY, runtime.current().config.default)
+    async for response in responses:
+        if isinstance(obj, GenerateReqInput):
+            response["meta_info"][BODY_KEY] = name
+        yield response
+
+
+GENERATE = Hook(
+    target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+    parameters=("self", "obj", "request"),
+    kind="before",
+    function=before,
+)
+REPORT = Hook(
+    target="sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response",
+    parameters=("self", "obj", "request"),
+    kind="after",
+    function=report,
+)

@@ -1,0 +1,40 @@
+"""Around ``ModelRunner.load_model``: attach to the layers of the model just loaded.
+
+Why here: the model is known, memory pools are not sized yet (so that similarity matrices are
+accounted for) and graphs are not captured. An exception here stops the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import runtime
+from ..attach import attach
+from ..hooking import Hook
+from ..plugin import fatal
+from ..refusals import refuse_recording_under_graphs, refuse_unsupported
+
+
+def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if self.is_draft_worker:
+        return original(self, *args, **kwargs)
+    try:
+        refuse_unsupported(self.server_args)
+        refuse_recording_under_graphs(self.server_args)
+    except Exception as error:
+        fatal(error)
+    result = original(self, *args, **kwargs)
+    try:
+        attach(runtime.current(), self)
+    except Exception as error:
+        fatal(error)
+    return result
+
+
+HOOK = Hook(
+    target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+    parameters=("self",),
+    kind="around",
+    function=around,
+)

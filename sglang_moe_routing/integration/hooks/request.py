@@ -1,0 +1,112 @@
+"""After ``Req.__init__``: a request in the scheduler gets its policy id and KV cache namespace.
+
+Why here: every way into the scheduler makes a `Req`, on every TP rank alike. The policy arrives
+in `SamplingParams.custom_params`, the one carrier that survives batches, n > 1, IPC and
+retraction. It is checked again, should a front end without our hooks have let it through.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...config import BODY_KEY
+from ...errors import RoutingRequestError
+from .. import runtime
+from ..hooking import Hook
+from ..runtime import VANILLA_ID
+from .forward_batch import POLICY_ID
+
+_SESSION_POLICY = "_sglang_moe_routing_policy_id"
+
+
+def after(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
+    state = runtime.current()
+    custom = self.sampling_params.custom_params
+    name = custom.get(BODY_KEY) if isinstance(custom, dict) else None
+    try:
+        policy_id = _policy_id(state, name)
+        _check_session(self, policy_id)
+    except RoutingRequestError as error:
+        setattr(self, POLICY_ID, VANILLA_ID)
+        self.set_finish_with_abort(str(error))
+        return
+    setattr(self, POLICY_ID, policy_id)
+    key = state.cache_keys[policy_id]
+    if key:
+        self.extra_key = key + (self.extra_key or "")
+
+
+def _policy_id(state: runtime.Runtime, name: object) -> int:
+    if name is None:
+        name = state.config.default
+    if name not in state.id_of:
+        known = ", ".join(state.config.names)
+        raise RoutingRequestError(f"unknown MoE routing policy {name!r}; available: {known}")
+    return state.id_of[str(name)]
+
+
+def _check_session(req: Any, policy_id: int) -> None:
+    """A session continues on the KV of its earlier requests, so it must keep its policy."""
+    if req.session is None:
+        return
+    if getattr(req.session, _SESSION_POLICY, policy_id) != policy_id:
+        raise RoutingRequestError(
+            "a session must keep the MoE routing policy of its first request; open a new session"
+        )
+    setattr(req.session, _SESSION_POLICY, policy_id)
+
+
+HOOK = Hook(
+    target="sglang.srt.managers.schedule_batch.Req.__init__",
+    parameters=(
+        "self",
+        "rid",
+        "origin_input_text",
+        "origin_input_ids",
+        "sampling_params",
+        "return_logprob",
+        "top_logprobs_num",
+        "dllm_config",
+        "token_ids_logprob",
+        "return_sampling_mask",
+        "sampling_logprobs_mode",
+        "return_flat_raw_top_logprobs",
+        "stream",
+        "origin_input_ids_unpadded",
+        "lora_id",
+        "input_embeds",
+        "positional_embed_overrides",
+        "token_type_ids",
+        "session",
+        "custom_logit_processor",
+        "require_reasoning",
+        "return_hidden_states",
+        "return_routed_experts",
+        "routed_experts_start_len",
+        "return_indexer_topk",
+        "eos_token_ids",
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "disagg_mode",
+        "routed_dp_rank",
+        "disagg_prefill_dp_rank",
+        "kv_hints",
+        "vocab_size",
+        "priority",
+        "metrics_collector",
+        "extra_key",
+        "routing_key",
+        "dimensions",
+        "http_worker_ipc",
+        "time_stats",
+        "return_pooled_hidden_states",
+        "multi_item_delimiter_indices",
+        "token_indices_to_pool",
+        "decision_layout",
+        "session_id",
+        "cache_salt",
+    ),
+    kind="after",
+    function=after,
+)

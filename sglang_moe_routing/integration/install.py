@@ -1,0 +1,49 @@
+"""Load the config and attach the hooks; what `plugin.register` does once it is asked to."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+from ..config import LoadedConfig, load_config
+from ..errors import EngineError
+from . import environment, hooking, runtime
+from .hooks import HOOKS, RELIED_ON
+from .plugin import fatal
+
+
+def install() -> None:
+    """Check sglang, read the config and its artifacts, register every hook of this process.
+
+    Raises:
+        RoutingError: anything that keeps this process from serving the configured policies.
+    """
+    hooking.check_version()
+    loaded = load_config(os.environ[environment.CONFIG])
+    is_main = _is_main()
+    if is_main:
+        os.environ[environment.CONFIG] = str(loaded.path)
+        os.environ[environment.CONFIG_SHA256] = loaded.sha256
+    else:
+        _check_unchanged(loaded)
+    state = runtime.start(loaded)
+    state.load_artifacts()
+    hooks = [hook for hook in HOOKS if is_main or not hook.main_only]
+    hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON]))
+    hooking.apply(hooks, on_failure=fatal)
+
+
+def _is_main() -> bool:
+    """Whether this process starts the others; those inherit the digest."""
+    return (
+        multiprocessing.parent_process() is None or environment.CONFIG_SHA256 not in os.environ
+    )
+
+
+def _check_unchanged(loaded: LoadedConfig) -> None:
+    expected = os.environ[environment.CONFIG_SHA256]
+    if loaded.sha256 != expected:
+        raise EngineError(
+            f"{loaded.path} changed while the server was starting "
+            f"(sha256 {loaded.sha256[:12]}, expected {expected[:12]}); start it again"
+        )

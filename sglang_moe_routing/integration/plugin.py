@@ -1,0 +1,46 @@
+"""Entry points that SGLang loads. Stdlib only: SGLang swallows import errors of this module.
+
+SGLang's loader logs and ignores exceptions of a plugin and then serves without it. Here that
+would mean serving other routing than the operator configured, so every failure ends the process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from typing import NoReturn
+
+from . import environment
+
+
+def register() -> None:
+    """Attach the routing hooks (entry point group ``sglang.srt.plugins``)."""
+    if not os.environ.get(environment.CONFIG):
+        return
+    try:
+        from .install import install
+
+        install()
+    except Exception as error:
+        fatal(error)
+
+
+def activate_platform() -> str | None:
+    """Class of the portable CPU platform (entry point group ``sglang.srt.platforms``).
+
+    Only on request: a platform that activates itself would win over CUDA.
+    """
+    if os.environ.get("SGLANG_PLATFORM") != environment.PLATFORM:
+        return None
+    return "sglang_moe_routing.integration.cpu_platform.platform.PortableCpuPlatform"
+
+
+def fatal(error: BaseException) -> NoReturn:
+    """End this process with one message. `SystemExit` passes through SGLang's plugin loader."""
+    from ..errors import RoutingError
+
+    text = str(error) if isinstance(error, RoutingError) else f"{type(error).__name__}: {error}"
+    process = multiprocessing.current_process().name
+    print(f"sglang-moe-routing: {process}: cannot serve: {text}", file=sys.stderr, flush=True)
+    raise SystemExit(environment.EXIT_CODE) from error

@@ -1,0 +1,99 @@
+"""A debug recorder of MoE calls, off by default. It synchronises the device on every call."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from ..config import RoutingConfig
+from ..policies import PAD, Rerouted
+from . import environment
+
+if TYPE_CHECKING:
+    from .runtime import Layer, Plan
+
+
+class Recorder:
+    """Appends every MoE call under a plan to ``calls-<pid>.jsonl``, one JSON object a line.
+
+    Numbers are exact: float32 survives the round trip through JSON.
+    """
+
+    def __init__(self, folder: Path, config: RoutingConfig, layers: Sequence[Layer]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / f"calls-{os.getpid()}.jsonl").open("a", buffering=1)
+        self._names = config.names
+        routers = {layer.layer_id: _describe(layer) for layer in layers}
+        self._write({"pid": os.getpid(), "policies": self._names, "layers": routers})
+
+    @classmethod
+    def from_environment(cls, config: RoutingConfig, layers: Sequence[Layer]) -> Self | None:
+        folder = os.environ.get(environment.RECORD)
+        return cls(Path(folder), config, layers) if folder else None
+
+    def record(
+        self,
+        layer: Layer,
+        plan: Plan | None,
+        policy_ids: Tensor,
+        router_logits: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        outcome: Rerouted,
+    ) -> None:
+        """Write down one call. A call without live rows (graph capture) is left out."""
+        ids = policy_ids.tolist()
+        if all(policy_id == PAD for policy_id in ids):
+            return
+        self._write(
+            {
+                "layer": layer.layer_id,
+                "phase": plan.phase if plan else "GRAPH",
+                "requests": list(plan.request_ids) if plan else None,
+                "rows": [None if i == PAD else self._names[i] for i in ids],
+                "router_logits": _exact(router_logits),
+                "base_ids": topk_ids.tolist(),
+                "base_weights": _exact(topk_weights),
+                "final_ids": outcome.topk_ids.tolist(),
+                "final_weights": _exact(outcome.topk_weights),
+                "union": outcome.union.nonzero().flatten().tolist(),
+            }
+        )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+
+
+def read_records(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """Every recorded call under `folder`, with its process (``pid``) and router (``router``)."""
+    for path in sorted(Path(folder).glob("calls-*.jsonl")):
+        with path.open() as file:
+            header = json.loads(file.readline())
+            for line in file:
+                call = json.loads(line)
+                router = header["layers"][str(call["layer"])]
+                yield {**call, "pid": header["pid"], "router": router}
+
+
+def _describe(layer: Layer) -> dict[str, Any]:
+    router = layer.router
+    return {
+        "num_experts": layer.num_experts,
+        "top_k": layer.top_k,
+        "scoring": router.scoring,
+        "renormalize": router.renormalize,
+        "scale": router.scale,
+        "bias": None if router.bias is None else _exact(router.bias),
+        "num_groups": router.num_groups,
+        "top_groups": router.top_groups,
+    }
+
+
+def _exact(tensor: Tensor) -> list[Any]:
+    return tensor.to(torch.float32).tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,102 @@
+"""From an SGLang request to policy names, and what the HTTP response says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import HTTPException
+
+from ..config import BODY_KEY, choose, split_alias
+from ..errors import RoutingRequestError
+from . import runtime
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+SCOPE_KEY = "sglang_moe_routing"
+
+
+@dataclass
+class Selection:
+    """What one HTTP request asked for and got; travels in the ASGI scope."""
+
+    alias: str | None = None
+    applied: list[str] = field(default_factory=list)
+
+
+class PolicyHeaderMiddleware:
+    """Pure ASGI middleware: the response says which policy was applied, streams included."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        selection = scope[SCOPE_KEY] = Selection()
+        header = runtime.current().config.header.lower().encode()
+
+        async def send_with_header(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start" and selection.applied:
+                applied = ", ".join(dict.fromkeys(selection.applied))
+                message["headers"] = [*message.get("headers", []), (header, applied.encode())]
+            await send(message)
+
+        await self._app(scope, receive, send_with_header)
+
+
+def select_policies(sampling_params: Any, request: Any) -> list[str]:
+    """Policy name of every item of a request; remembers them for the response header.
+
+    Args:
+        sampling_params: one dict, a list of them for a batch, or None.
+        request: the Starlette request, None for the offline engine.
+
+    Raises:
+        RoutingRequestError: the client asked for something that it cannot have.
+    """
+    config = runtime.current().config
+    selection = _selection(request)
+    headers = request.headers.getlist(config.header) if request is not None else []
+    items = sampling_params if isinstance(sampling_params, list) else [sampling_params]
+    names = [
+        choose(config, headers=headers, alias=selection.alias, body=_body_choice(item))
+        for item in items
+    ]
+    selection.applied = names
+    return names
+
+
+def select_early(sampling_params: Any, request: Any) -> None:
+    """Select before an endpoint starts its response, so that an error is a plain HTTP 400."""
+    try:
+        select_policies(sampling_params, request)
+    except RoutingRequestError as error:
+        raise HTTPException(status_code=400, detail=str(error)) from None
+
+
+def forget_selection(request: Any) -> None:
+    """Say nothing in the response: a request that generates nothing runs under no policy."""
+    _selection(request).applied = []
+
+
+def take_alias(model: str | None, served_model: str, request: Any) -> str | None:
+    """Strip ``@policy`` off a model name and remember the policy."""
+    if model is None:
+        return None
+    base, alias = split_alias(runtime.current().config, model, served_model)
+    _selection(request).alias = alias
+    return base
+
+
+def _selection(request: Any) -> Selection:
+    scope = getattr(request, "scope", None)
+    selection = scope.get(SCOPE_KEY) if scope is not None else None
+    return selection or Selection()
+
+
+def _body_choice(sampling_params: Any) -> object:
+    custom = sampling_params.get("custom_params") if isinstance(sampling_params, dict) else None
+    return custom.get(BODY_KEY) if isinstance(custom, dict) else None

@@ -1,0 +1,290 @@
+"""What a routing policy is: validated, frozen data plus two pure functions over tensors.
+
+A policy decides in two passes over one MoE call (``shared`` by all rows of a batch):
+
+1. `Policy.required`: the experts that each row insists on. Their union over all live rows, ``U``,
+   is loaded whatever happens next.
+2. `Policy.reroute`: the experts and weights that each row ends up with, given ``U``.
+
+Both run on every row with static shapes and no host synchronisation, so that they can be baked
+into a CUDA graph; the caller discards rows of other policies, whose parameters may be 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.functional_validators import BeforeValidator
+from pydantic_core import CoreSchema
+from torch import Tensor
+
+PAD = -1
+"""Policy id of a padded row."""
+
+Number = TypeVar("Number", int, float)
+
+Parameters = Mapping[str, Tensor]
+"""Per-row values of a policy's schedulable parameters, ``[num_tokens]`` each."""
+
+
+class StrictModel(BaseModel):
+    """Frozen data that refuses unknown keys and silent type coercion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+def parse_layers(value: object) -> object:
+    """Turn ``5``, ``"0-3"``, ``"0-3,7"`` or a list of layer ids into a sorted tuple of ids."""
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, list):
+        parts = value
+    elif isinstance(value, str):
+        parts = value.split(",")
+    else:
+        parts = [value]
+    layers: set[int] = set()
+    for part in parts:
+        first, dash, last = str(part).strip().partition("-")
+        if isinstance(part, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"{part!r} is not a layer id or a range such as 0-3")
+        span = range(int(first), int(last or first) + 1)
+        if not span:
+            raise ValueError(f"{part!r} is an empty range of layers")
+        layers.update(span)
+    return tuple(sorted(layers))
+
+
+_LAYERS_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": r"^\d+(-\d+)?(,\s*\d+(-\d+)?)*$"},
+        {"type": "array", "items": {"type": ["integer", "string"]}},
+    ]
+}
+
+
+class _LayersJson:
+    @staticmethod
+    def __get_pydantic_json_schema__(
+        schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return dict(_LAYERS_SCHEMA)
+
+
+Layers = Annotated[tuple[int, ...], BeforeValidator(parse_layers), _LayersJson]
+"""Layer ids, written as ``5``, ``"0-3,7"`` or a list."""
+
+
+def _parse_schedule(value: object) -> object:
+    return value if isinstance(value, Mapping | Schedule) else {"default": value}
+
+
+def _parse_layer_values(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    return {parse_layers(key): item for key, item in value.items()}
+
+
+class Schedule(StrictModel, Generic[Number]):
+    """A number that may depend on the layer or on the number of live rows.
+
+    The value of a layer named in `layers` wins, then the highest step of `rows` that the number
+    of live rows reaches, then `default`.
+    """
+
+    default: Number
+    rows: dict[Annotated[int, Field(ge=1)], Number] = {}
+    """Steps: from this many live rows on, this value."""
+    layers: Annotated[
+        dict[tuple[int, ...], Number],
+        BeforeValidator(_parse_layer_values, json_schema_input_type=dict[str, Number]),
+    ] = {}
+    """Layer ids or ranges: on these layers, this value."""
+
+    @model_validator(mode="after")
+    def _no_layer_twice(self) -> Self:
+        named = [layer for layers in self.layers for layer in layers]
+        twice = sorted({layer for layer in named if named.count(layer) > 1})
+        if twice:
+            raise ValueError(f"layer {twice[0]} is given twice in 'layers'")
+        return self
+
+    def value(self, layer: int, num_rows: int) -> Number:
+        """The value on `layer` when `num_rows` rows are live."""
+        for layers, value in self.layers.items():
+            if layer in layers:
+                return value
+        reached = [start for start in self.rows if start <= num_rows]
+        return self.rows[max(reached)] if reached else self.default
+
+    def values(self) -> list[Number]:
+        """Every value that this schedule can take."""
+        return [self.default, *self.rows.values(), *self.layers.values()]
+
+
+class _ScheduleJson:
+    """JSON schema of "a number or a schedule object"."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(
+        schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        full = handler(schema)
+        number = handler.resolve_ref_schema(full)["properties"]["default"]
+        return {"anyOf": [{k: v for k, v in number.items() if k != "title"}, full]}
+
+
+class CountSchedule(Schedule[Annotated[int, Field(ge=1)]]):
+    """A positive integer that may depend on the layer or on the number of live rows."""
+
+
+class SimilaritySchedule(Schedule[Annotated[float, Field(allow_inf_nan=False)]]):
+    """A similarity that may depend on the layer or on the number of live rows."""
+
+
+Count = Annotated[CountSchedule, BeforeValidator(_parse_schedule), _ScheduleJson]
+"""A positive integer, or a `Schedule` of them."""
+
+Similarity = Annotated[SimilaritySchedule, BeforeValidator(_parse_schedule), _ScheduleJson]
+"""A similarity threshold, or a `Schedule` of them."""
+
+
+class Engagement(StrictModel):
+    """When a policy is in force. Outside this range its rows are vanilla."""
+
+    phase: Literal["decode", "all"] = "decode"
+    """'decode' leaves prefill exact; 'all' re-routes prompt tokens as well."""
+    min_rows: Annotated[int, Field(ge=1)] = 1
+    """Fewest live rows (tokens in the MoE call) at which the policy acts."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """Most live rows at which the policy acts; no limit if absent."""
+    layers: Layers | None = None
+    """Layers on which the policy acts; all MoE layers if absent."""
+
+    @model_validator(mode="after")
+    def _rows_in_order(self) -> Self:
+        if self.max_rows is not None and self.max_rows < self.min_rows:
+            raise ValueError(f"max_rows ({self.max_rows}) is below min_rows ({self.min_rows})")
+        return self
+
+    def covers(self, layer: int, num_rows: int) -> bool:
+        """Whether the policy acts on `layer` when `num_rows` rows are live."""
+        in_rows = self.min_rows <= num_rows <= (self.max_rows or num_rows)
+        return in_rows and (self.layers is None or layer in self.layers)
+
+
+class Policy(StrictModel):
+    """A named rule that changes which experts a token uses. Subclass it to add a kind.
+
+    A subclass declares ``kind: Literal["name"] = "name"``, its parameters as fields (of type
+    `Count` or `Similarity` where they may follow the layer or the live rows), and overrides
+    `parameters`, `required` and `reroute`.
+    """
+
+    kind: str
+    """Which rule this is."""
+    engage: Engagement = Engagement()
+    """When the policy is in force."""
+
+    uses_similarity: ClassVar[bool] = False
+    """Whether `Rows.similarity` is needed: the policy then names an artifact."""
+
+    def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
+        """The numbers that `required` and `reroute` read, by name."""
+        return {}
+
+    def is_vanilla(self, layer: int, num_rows: int, top_k: int) -> bool:
+        """Whether the rule provably changes nothing here, so that rows stay bit for bit."""
+        return False
+
+    def check(self, top_k: int, num_experts: int) -> list[str]:
+        """What is wrong with this policy for a router of this size; empty if nothing is."""
+        return []
+
+    @classmethod
+    def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
+        """Pass 1: bool ``[num_tokens, num_experts]``, the experts that each row insists on.
+
+        Args:
+            selected: bool ``[num_tokens]``, the live rows that follow this kind of policy.
+                Entries of other rows are ignored by the caller.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def reroute(
+        cls, rows: Rows, parameters: Parameters, union: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Pass 2: ``(topk_ids, topk_weights)``, ``[num_tokens, top_k]`` each.
+
+        Args:
+            union: bool ``[num_experts]``, every expert that some live row requires.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One MoE call as a policy sees it. All tensors live on one device; none may be modified.
+
+    Attributes:
+        rank: int64 ``[num_tokens, num_experts]``, place of an expert in the row's preference
+            (0 is best): the router's own top-k first, then by falling score, ties to the lower
+            expert id, NaN last.
+        order: int64 ``[num_tokens, num_experts]``, inverse of `rank`: the expert at each place.
+        gates: float32 ``[num_tokens, num_experts]``, the model's combine weight of each expert
+            before normalisation; NaN counts as 0.
+        topk_ids: int64 ``[num_tokens, top_k]``, the router's choice in the engine's column order.
+        topk_weights: float32 ``[num_tokens, top_k]``, its weights.
+        renormalize: whether the model normalises over the chosen experts.
+        scale: factor on raw gates where `renormalize` is false.
+        similarity: float32 ``[num_artifacts, num_experts, num_experts]`` of this layer.
+    """
+
+    rank: Tensor
+    order: Tensor
+    gates: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    renormalize: bool
+    scale: float
+    similarity: Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.rank.shape[1]
+
+    def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill the top-k slots with the `chosen` experts and the weights the model gives them.
+
+        Args:
+            chosen: bool ``[num_tokens, num_experts]``, at most `top_k` and at least one per row.
+
+        Returns:
+            ``(topk_ids, topk_weights)`` in preference order. Free slots repeat the row's first
+            expert at weight 0. Weights are renormalised to the sum of the incoming row where
+            the model normalises, else raw gates times `scale`.
+        """
+        ranked = torch.where(chosen, self.rank, self.num_experts)
+        places = ranked.sort(dim=1).values[:, : self.top_k]  # [num_tokens, top_k]
+        filled = places < self.num_experts
+        first = places[:, :1].clamp(max=self.num_experts - 1)
+        places = torch.where(filled, places, first)
+        ids = self.order.gather(1, places)
+        gates = torch.where(filled, self.gates.gather(1, ids), 0.0)
+        if self.renormalize:
+            total = gates.sum(dim=1, keepdim=True)
+            wanted = self.topk_weights.sum(dim=1, keepdim=True)
+            weights = torch.where(total > 0, gates * (wanted / total), gates)
+        else:
+            weights = gates * self.scale
+        return ids, weights

@@ -1,0 +1,142 @@
+"""The plain-torch reference: any mix of policies per row, static shapes, no host sync.
+
+It is what every faster implementation is held to, and what serves where there is none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import PAD, Parameters, Rows
+from .table import PolicyTable
+
+
+@dataclass(frozen=True)
+class Rerouted:
+    """The outcome of one MoE call.
+
+    Attributes:
+        topk_ids, topk_weights: ``[num_tokens, top_k]`` in the dtypes that came in.
+        union: bool ``[num_experts]``, experts that some live row requires.
+        active: int64 scalar, distinct experts of the live rows now (T).
+        active_base: int64 scalar, distinct experts that the router had chosen (T_base).
+    """
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    union: Tensor
+    active: Tensor
+    active_base: Tensor
+
+
+def reroute(
+    scores: Tensor,
+    gates: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    policy_ids: Tensor,
+    table: PolicyTable,
+    *,
+    renormalize: bool,
+    scale: float = 1.0,
+) -> Rerouted:
+    """Re-route one MoE call whose rows follow different policies.
+
+    Inputs are not modified. Nothing synchronises the device; shapes depend on inputs' shapes
+    alone, so the call is safe under CUDA-graph capture.
+
+    Args:
+        scores: float32 ``[num_tokens, num_experts]``, what the router ranks by. NaN ranks last.
+        gates: float32 ``[num_tokens, num_experts]``, combine weights before normalisation.
+        topk_ids: integer ``[num_tokens, top_k]``, the router's choice, in any column order.
+        topk_weights: float ``[num_tokens, top_k]``, its weights.
+        policy_ids: integer ``[num_tokens]``, row of `table` per token; `PAD` marks padding.
+        renormalize: whether the model normalises weights over the chosen experts.
+        scale: the model's factor on raw gates where `renormalize` is false.
+
+    Returns:
+        Vanilla rows bit for bit as they came; other rows hold ids in ``[0, num_experts)``
+        whatever the input; padded rows name one active expert at weight 0.
+    """
+    live = policy_ids != PAD
+    num_experts = scores.shape[1]
+    ids = topk_ids.long()
+    in_range = (ids >= 0) & (ids < num_experts)
+    rank, order = _preference(scores, torch.where(in_range, ids, num_experts))
+    first = order[:, :1]
+    rows = Rows(
+        rank=rank,
+        order=order,
+        gates=gates.float().nan_to_num(nan=0.0),
+        topk_ids=torch.where(in_range, ids, first),
+        topk_weights=torch.where(in_range, topk_weights.float(), 0.0),
+        renormalize=renormalize,
+        scale=scale,
+        similarity=table.similarity,
+    )
+    kind, parameters = _look_up(table, policy_ids, live)
+
+    required = torch.zeros_like(rank, dtype=torch.bool)
+    for index, policy in enumerate(table.kinds):
+        selected = live & (kind == index)
+        mask = policy.required(rows, parameters, selected)
+        required |= mask & selected[:, None]
+    union = required.any(dim=0)  # [num_experts]
+
+    new_ids, new_weights = topk_ids, topk_weights
+    for index, policy in enumerate(table.kinds[1:], start=1):
+        chosen_ids, chosen_weights = policy.reroute(rows, parameters, union)
+        selected = (live & (kind == index))[:, None]
+        new_ids = torch.where(selected, chosen_ids.to(topk_ids.dtype), new_ids)
+        new_weights = torch.where(selected, chosen_weights.to(topk_weights.dtype), new_weights)
+
+    active_expert = union.int().argmax().to(topk_ids.dtype)  # required experts stay active
+    return Rerouted(
+        topk_ids=torch.where(live[:, None], new_ids, active_expert),
+        topk_weights=torch.where(live[:, None], new_weights, 0.0),
+        union=union,
+        active=num_distinct(new_ids, num_experts, live),
+        active_base=num_distinct(topk_ids, num_experts, live),
+    )
+
+
+def _preference(scores: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank every expert of every row: `base` first, then falling score, ties to the lower id.
+
+    Args:
+        base: int64 ``[num_tokens, top_k]``; `num_experts` marks an invalid entry.
+
+    Returns:
+        ``(rank, order)``, int64 ``[num_tokens, num_experts]``, inverse to each other.
+    """
+    num_tokens, num_experts = scores.shape
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal +0.0
+    key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # same order as the floats
+    key = torch.where(scores.isnan(), torch.iinfo(torch.int32).min, key)
+    is_base = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=scores.device)
+    is_base = is_base.scatter_(1, base, True)[:, :num_experts]
+    order = (key + (is_base.long() << 33)).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(num_experts, device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places), order
+
+
+def _look_up(table: PolicyTable, policy_ids: Tensor, live: Tensor) -> tuple[Tensor, Parameters]:
+    """Kind and parameters of every row, given how many rows are live."""
+    step = live.sum().clamp(max=table.kind.shape[1] - 1)
+    policy = torch.where(live, policy_ids, 0).long()
+    kind = table.kind[policy, step]
+    return kind, {name: values[policy, step] for name, values in table.parameters.items()}
+
+
+def num_distinct(ids: Tensor, num_experts: int, live: Tensor | None = None) -> Tensor:
+    """int64 scalar: how many different experts ``[num_tokens, top_k]`` ids of `live` rows name."""
+    ids = ids.long()
+    counted = (ids >= 0) & (ids < num_experts)
+    if live is not None:
+        counted &= live[:, None]
+    seen = torch.zeros(num_experts + 1, dtype=torch.bool, device=ids.device)
+    seen.scatter_(0, torch.where(counted, ids, num_experts).flatten(), True)
+    return seen[:num_experts].sum()

@@ -1,0 +1,78 @@
+"""What a model's router ranks by and weighs with, recomputed from its raw logits.
+
+The engine hands over only its top-k; a policy also needs the ranks beyond and their weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a model turns router logits into experts and weights.
+
+    Attributes:
+        scoring: from logits to gates.
+        renormalize: whether the weights of the chosen experts are normalised over them.
+        scale: factor on the weights, 1 where the engine applies it elsewhere.
+        bias: float32 ``[num_experts]`` added to the gates for ranking only (DeepSeek-V3).
+        num_groups, top_groups: experts are split into `num_groups` equal groups of which only
+            the best `top_groups` may be chosen; 1 and 1 without groups.
+    """
+
+    scoring: Scoring = "softmax"
+    renormalize: bool = True
+    scale: float = 1.0
+    bias: Tensor | None = None
+    num_groups: int = 1
+    top_groups: int = 1
+
+    def score(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Ranking scores and combine weights of every expert.
+
+        Args:
+            logits: float ``[num_tokens, num_experts]``.
+
+        Returns:
+            ``(scores, gates)``, float32 ``[num_tokens, num_experts]``. Where the gate is a
+            monotone function of the logit, scores are the logits themselves, so that ranks are
+            exact on every device. Experts outside a row's best groups score -inf and have gate
+            0, as have experts with a NaN logit (which keep their NaN score).
+        """
+        logits = logits.float()
+        gates = self._gates(logits)
+        scores = logits if self.bias is None else gates + self.bias
+        if self.bias is not None:
+            scores = torch.where(logits.isnan(), logits, scores)
+        if self.num_groups > 1:
+            allowed = self._allowed(gates if self.bias is None else scores)
+            scores = torch.where(allowed, scores, -torch.inf)
+            gates = torch.where(allowed, gates, 0.0)
+        return scores, gates
+
+    def _gates(self, logits: Tensor) -> Tensor:
+        finite = torch.finfo(torch.float32)
+        logits = logits.nan_to_num(nan=-torch.inf, posinf=finite.max, neginf=-torch.inf)
+        if self.scoring == "softmax":
+            return logits.softmax(dim=1).nan_to_num(nan=0.0)  # a row of -inf alone has no mass
+        if self.scoring == "sigmoid":
+            return logits.sigmoid()
+        return torch.nn.functional.softplus(logits).sqrt()
+
+    def _allowed(self, choice: Tensor) -> Tensor:
+        """bool ``[num_tokens, num_experts]``: the experts of each row's best groups."""
+        grouped = choice.nan_to_num(nan=-torch.inf).unflatten(1, (self.num_groups, -1))
+        if self.bias is None:
+            strength = grouped.amax(dim=2)
+        else:  # DeepSeek-V3: a group is as good as its best two experts
+            strength = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
+        best = strength.topk(self.top_groups, dim=1).indices
+        chosen = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, best, True)
+        return chosen[:, :, None].expand_as(grouped).flatten(1)
