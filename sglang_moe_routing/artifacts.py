@@ -97,7 +97,7 @@ def load_artifact(path: str | Path) -> SimilarityArtifact:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such similarity artifact") from None
     except (SafetensorError, OSError) as error:

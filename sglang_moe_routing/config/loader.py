@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
@@ -128,8 +128,8 @@ def _describe(
         message = f"unknown key, {hint}"
     elif error["type"] in ("union_tag_not_found", "union_tag_invalid"):
         loc.append("kind")
-        kind = value.get("kind") if isinstance(value, dict) else None
-        found = f"{kind!r} is not a policy kind" if kind is not None else "missing"
+        given = value.get("kind") if isinstance(value, dict) else None
+        found = f"{given!r} is not a policy kind" if given is not None else "missing"
         message = f"{found}; known: {', '.join(registry)}"
     elif error["type"] == "missing":
         message = "missing; this key is required"

@@ -107,14 +107,14 @@ def model_for(registry: PolicyRegistry) -> type[RoutingConfig]:
         return value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
 
     members = tuple(Annotated[c, Tag(c.model_fields["kind"].default)] for c in classes)
-    any_policy = Annotated[Union[members], Discriminator(kind_of)]  # noqa: UP007  # a tuple
+    any_policy: Any = Annotated[Union[members], Discriminator(kind_of)]  # noqa: UP007
     field = RoutingConfig.model_fields["policies"]
     return create_model(
         "RoutingConfig",
         __base__=RoutingConfig,
         __doc__=RoutingConfig.__doc__,
         policies=(
-            dict[Name, any_policy],  # type: ignore[valid-type]
+            dict[Name, any_policy],
             Field(default={}, description=field.description),
         ),
     )

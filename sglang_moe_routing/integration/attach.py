@@ -75,9 +75,7 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
     return {layer: (routers[layer], experts[layer]) for layer in sorted(experts)}
 
 
-def _make_layer(
-    runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, device: str
-) -> Layer:
+def _make_layer(runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, device: str) -> Layer:
     config = topk.topk_config
     where = f"layer {topk.layer_id}"
     if config.output_format not in (None, TopKOutputFormat.STANDARD):
@@ -91,18 +89,16 @@ def _make_layer(
     matrices: Mapping[str, Tensor] = {
         name: artifact.matrices[topk.layer_id] for name, artifact in runtime.artifacts.items()
     }
-    try:
-        table = build_table(
-            runtime.config.definitions,
-            layer=topk.layer_id,
-            top_k=top_k,
-            num_experts=num_experts,
-            similarity=matrices,
-            artifacts=[runtime.config.artifact_of(name) for name in runtime.config.names],
-            device=device,
-        )
-    except PolicyError as error:
-        raise PolicyError(f"{runtime.loaded.path}: {error}") from error
+    _check_policies(runtime, top_k, num_experts)
+    table = build_table(
+        runtime.config.definitions,
+        layer=topk.layer_id,
+        top_k=top_k,
+        num_experts=num_experts,
+        similarity=matrices,
+        artifacts=[runtime.config.artifact_of(name) for name in runtime.config.names],
+        device=device,
+    )
     return Layer(
         layer_id=topk.layer_id,
         index=index,
@@ -112,6 +108,17 @@ def _make_layer(
         router=router,
         table=table,
     )
+
+
+def _check_policies(runtime: Runtime, top_k: int, num_experts: int) -> None:
+    config = runtime.config
+    problems = [
+        f"policies.{name}.{problem}"
+        for name, policy in zip(config.names, config.definitions, strict=True)
+        for problem in policy.check(top_k, num_experts)
+    ]
+    if problems:
+        raise PolicyError(f"{runtime.loaded.path}: " + "; ".join(problems))
 
 
 def make_router(config: Any, where: str) -> Router:

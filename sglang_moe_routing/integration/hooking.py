@@ -17,6 +17,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from ..errors import EngineError
 from . import environment
+from .report import Finding
 
 Kind = Literal["before", "after", "around"]
 
@@ -49,18 +50,6 @@ class Symbol:
 
     target: str
     parameters: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What verification found out about one symbol; `problem` is empty if all is well."""
-
-    target: str
-    problem: str
-
-    @property
-    def ok(self) -> bool:
-        return not self.problem
 
 
 def check_version() -> str:
@@ -131,7 +120,7 @@ def apply(hooks: Sequence[Hook], on_failure: Callable[[BaseException], Any]) -> 
     """
     for hook in hooks:
         HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
-    original = HookRegistry.apply_hooks.__func__  # type: ignore[attr-defined]
+    original = HookRegistry.apply_hooks.__func__
 
     def apply_and_verify(cls: type[HookRegistry]) -> None:
         original(cls)
@@ -145,7 +134,7 @@ def apply(hooks: Sequence[Hook], on_failure: Callable[[BaseException], Any]) -> 
                 )
             )
 
-    HookRegistry.apply_hooks = classmethod(apply_and_verify)  # type: ignore[method-assign,assignment]
+    HookRegistry.apply_hooks = classmethod(apply_and_verify)
 
 
 def _is_applied(registry: type[HookRegistry], hook: Hook) -> bool:

@@ -35,9 +35,7 @@ def install() -> None:
 
 def _is_main() -> bool:
     """Whether this process starts the others; those inherit the digest."""
-    return (
-        multiprocessing.parent_process() is None or environment.CONFIG_SHA256 not in os.environ
-    )
+    return multiprocessing.parent_process() is None or environment.CONFIG_SHA256 not in os.environ
 
 
 def _check_unchanged(loaded: LoadedConfig) -> None:

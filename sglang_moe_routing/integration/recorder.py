@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 class Recorder:
     """Appends every MoE call under a plan to ``calls-<pid>.jsonl``, one JSON object a line.
 
-    Numbers are exact: float32 survives the round trip through JSON.
+    It records while its folder exists, so that a test can choose what to record. Numbers are
+    exact: float32 survives the round trip through JSON.
     """
 
     def __init__(self, folder: Path, config: RoutingConfig, layers: Sequence[Layer]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"calls-{os.getpid()}.jsonl").open("a", buffering=1)
+        self._path = folder / f"calls-{os.getpid()}.jsonl"
         self._names = config.names
-        routers = {layer.layer_id: _describe(layer) for layer in layers}
-        self._write({"pid": os.getpid(), "policies": self._names, "layers": routers})
+        self._routers = {layer.layer_id: _describe(layer) for layer in layers}
+
+    @property
+    def is_on(self) -> bool:
+        return self._path.parent.is_dir()
 
     @classmethod
     def from_environment(cls, config: RoutingConfig, layers: Sequence[Layer]) -> Self | None:
@@ -67,7 +70,12 @@ class Recorder:
         )
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
+        is_new = not self._path.exists()
+        with self._path.open("a") as file:
+            if is_new:
+                header = {"pid": os.getpid(), "policies": self._names, "layers": self._routers}
+                file.write(json.dumps(header) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
 
 def read_records(folder: str | Path) -> Iterator[dict[str, Any]]:
@@ -96,4 +104,4 @@ def _describe(layer: Layer) -> dict[str, Any]:
 
 
 def _exact(tensor: Tensor) -> list[Any]:
-    return tensor.to(torch.float32).tolist()  # type: ignore[no-any-return]
+    return tensor.to(torch.float32).tolist()

@@ -181,7 +181,8 @@ class Runtime:
         is_padded = plan is not None and len(plan.policy_ids) < num_rows
         routed = slice(0, layer.top_k)
         ids, weights = topk_ids[:, routed], topk_weights[:, routed]
-        if plan is not None and not plan.reroutes and not is_padded and not self.recorder:
+        is_recording = self.recorder is not None and self.recorder.is_on
+        if plan is not None and not plan.reroutes and not is_padded and not is_recording:
             if self.statistics and plan.is_decode:
                 self.statistics.count_vanilla(layer.index, ids, layer.num_experts)
             return topk_ids, topk_weights
@@ -198,7 +199,7 @@ class Runtime:
         )
         if self.statistics and (plan is None or plan.is_decode):
             self.statistics.count(layer.index, policy_ids, outcome)
-        if self.recorder:
+        if self.recorder and is_recording:
             self.recorder.record(layer, plan, policy_ids, router_logits, ids, weights, outcome)
         if topk_ids.shape[1] == layer.top_k:
             return outcome.topk_ids, outcome.topk_weights

@@ -34,7 +34,9 @@ Parameters = Mapping[str, Tensor]
 class StrictModel(BaseModel):
     """Frozen data that refuses unknown keys and silent type coercion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
 
 
 def parse_layers(value: object) -> object:
@@ -108,7 +110,7 @@ class Schedule(StrictModel, Generic[Number]):
 
     @model_validator(mode="after")
     def _no_layer_twice(self) -> Self:
-        named = [layer for layers in self.layers for layer in layers]
+        named = [layer for group in self.layers for layer in group]
         twice = sorted({layer for layer in named if named.count(layer) > 1})
         if twice:
             raise ValueError(f"layer {twice[0]} is given twice in 'layers'")
@@ -124,7 +126,10 @@ class Schedule(StrictModel, Generic[Number]):
 
     def values(self) -> list[Number]:
         """Every value that this schedule can take."""
-        return [self.default, *self.rows.values(), *self.layers.values()]
+        values: list[Number] = [self.default]
+        values.extend(self.rows.values())
+        values.extend(self.layers.values())
+        return values
 
 
 class _ScheduleJson:
@@ -217,9 +222,7 @@ class Policy(StrictModel):
         raise NotImplementedError
 
     @classmethod
-    def reroute(
-        cls, rows: Rows, parameters: Parameters, union: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         """Pass 2: ``(topk_ids, topk_weights)``, ``[num_tokens, top_k]`` each.
 
         Args:

@@ -60,9 +60,7 @@ class OEA(Policy):
         return rows.rank < cls._num_baseline(rows, parameters)[:, None]
 
     @classmethod
-    def reroute(
-        cls, rows: Rows, parameters: Parameters, union: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         baseline = rows.rank < cls._num_baseline(rows, parameters)[:, None]
         piggyback = union & (rows.rank < parameters["max_rank"][:, None])
         usable = (baseline | piggyback).gather(1, rows.order)  # in preference order

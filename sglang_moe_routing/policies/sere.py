@@ -47,9 +47,7 @@ class SERE(Policy):
         return rows.rank < parameters["num_primary"][:, None]
 
     @classmethod
-    def reroute(
-        cls, rows: Rows, parameters: Parameters, union: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         loaded = torch.where(union, rows.similarity, -torch.inf)  # [artifacts, N, N]
         nearest = loaded.argmax(dim=2)  # first maximum: ties to the lowest id
         likeness = loaded.gather(2, nearest[:, :, None])[:, :, 0]  # [artifacts, N]

@@ -55,7 +55,9 @@ def build_table(
     for policy, artifact in zip(policies, artifacts, strict=True):
         _check(policy, artifact, similarity, top_k, num_experts)
     num_steps = 2 + max(map(_last_step, policies), default=0)
-    kinds = (Vanilla, *dict.fromkeys(type(p) for p in policies if type(p) is not Vanilla))
+    others: dict[type[Policy], None] = dict.fromkeys(map(type, policies))
+    others.pop(Vanilla, None)
+    kinds: tuple[type[Policy], ...] = (Vanilla, *others)
 
     kind = torch.zeros(len(policies), num_steps, dtype=torch.int64)
     for row, policy in enumerate(policies):

@@ -36,7 +36,5 @@ class TopK(Policy):
         return rows.rank < parameters["k0"][:, None]
 
     @classmethod
-    def reroute(
-        cls, rows: Rows, parameters: Parameters, union: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         return rows.take(rows.rank < parameters["k0"][:, None])

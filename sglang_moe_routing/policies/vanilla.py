@@ -19,7 +19,5 @@ class Vanilla(Policy):
         return rows.rank < rows.top_k
 
     @classmethod
-    def reroute(
-        cls, rows: Rows, parameters: Parameters, union: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         return rows.topk_ids, rows.topk_weights

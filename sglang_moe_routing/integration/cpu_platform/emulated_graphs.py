@@ -18,7 +18,7 @@ from .. import runtime
 
 
 class EmulatedGraphBackend(BaseCudaGraphBackend):  # type: ignore[misc]  # sglang is untyped
-    """"Captures" a forward by keeping it, "replays" by running it again."""
+    """ "Captures" a forward by keeping it, "replays" by running it again."""
 
     def __init__(self, runner: Any, **kwargs: Any) -> None:
         self._forwards: dict[Any, Callable[[], Any]] = {}

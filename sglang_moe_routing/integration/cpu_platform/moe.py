@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from sglang.kernels.fused_op import BaseFusedOp
 from sglang.srt.layers.activation import GeluAndMul, SiluAndMul
 from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import swiglu_gpt_oss_sigmoid_alpha
@@ -23,7 +22,7 @@ def register() -> None:
     BaseFusedOp.register_oot_forward(UnquantizedFusedMoEMethod, forward, "native")
 
 
-def forward(self: Any, layer: torch.nn.Module, dispatch_output: Any) -> StandardCombineInput:
+def forward(self: Any, layer: Any, dispatch_output: Any) -> StandardCombineInput:
     """Run the experts of one MoE layer; see `run_experts`."""
     weights, ids, _ = dispatch_output.topk_output
     hidden_states = dispatch_output.hidden_states
@@ -76,7 +75,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tens
     return y if bias is None else (y.float() + bias[expert]).to(y.dtype)
 
 
-def _activate(config: Any, gate_up: Tensor) -> Tensor:
+def _activate(config: Any, gate_up: Tensor) -> Any:
     if config.activation == "silu" and config.gemm1_alpha is not None:  # GPT-OSS
         return swiglu_gpt_oss_sigmoid_alpha(gate_up, config.gemm1_alpha, config.gemm1_clamp_limit)
     if config.activation == "silu":

@@ -26,6 +26,9 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  #
         graph_capture=os.environ.get(environment.EMULATE_GRAPHS) == "1"
     )
 
+    def get_device(self, device_id: int = 0) -> str:
+        return "cpu"  # SGLang splits it like the --device flag: a torch.device would fail
+
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...errors import RoutingError
 from .. import runtime
 from ..attach import attach
 from ..hooking import Hook
@@ -22,12 +23,12 @@ def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
     try:
         refuse_unsupported(self.server_args)
         refuse_recording_under_graphs(self.server_args)
-    except Exception as error:
+    except RoutingError as error:
         fatal(error)
     result = original(self, *args, **kwargs)
     try:
         attach(runtime.current(), self)
-    except Exception as error:
+    except RoutingError as error:
         fatal(error)
     return result
 

@@ -1,0 +1,1 @@
+"""Measuring a running server: start one, load it, check what it recorded."""

@@ -1,0 +1,74 @@
+"""``check``: everything a server checks at start-up, without starting one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..bench.server import server_environment
+from ..config import bundled_config
+from ..errors import RoutingError
+from ..integration import environment
+from ..integration.report import Inspection
+from .output import Json, console, print_json
+
+
+def check(
+    routing_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Routing config (YAML); configs/default.yaml if absent.",
+            envvar=environment.CONFIG,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check sglang, every hooked symbol, the platform and the config; status 1 on a problem."""
+    path = routing_config or bundled_config("default.yaml")
+    problems = []
+    try:
+        os.environ.update(server_environment(path))  # before sglang is imported
+    except RoutingError as error:
+        problems.append(str(error))
+    result = _inspect(path)
+    problems += [problem for problem in result.problems if problem not in problems]
+    hooks = [{"target": f.target, "ok": f.ok, "problem": f.problem} for f in result.findings]
+    if json:
+        print_json(
+            {
+                "ok": not problems,
+                "sglang": result.sglang,
+                "hooks": hooks,
+                "platform": result.platform,
+                "kernels": result.kernels,
+                "config": {"file": result.config, "policies": list(result.policies)},
+                "problems": problems,
+            }
+        )
+    else:
+        table = Table("what", "found", show_header=False)
+        table.add_row("sglang", result.sglang or "not usable")
+        good = sum(f.ok for f in result.findings)
+        table.add_row("hooked symbols", f"{good} of {len(result.findings)} as expected")
+        table.add_row("platform", result.platform)
+        table.add_row("kernels", result.kernels)
+        table.add_row("config", f"{result.config}: {', '.join(result.policies) or 'not usable'}")
+        console.print(table)
+        for problem in problems:
+            console.print(f"problem: {problem}", style="red", highlight=False, soft_wrap=True)
+        if not problems:
+            console.print("all good", style="green")
+    raise typer.Exit(1 if problems else 0)
+
+
+def _inspect(path: Path) -> Inspection:
+    if importlib.util.find_spec("sglang") is None:
+        return Inspection(config=str(path))
+    from ..integration.inspection import inspect
+
+    return inspect(path)

@@ -1,0 +1,142 @@
+"""``client``: send prompts to a running server under chosen policies and compare them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import openai
+import typer
+from rich.table import Table
+
+from .. import demo as assets
+from ..bench.load import Job, Load, LoadClient
+from .output import Json, console, errors, fail, print_json
+
+
+def client(
+    url: Annotated[str, typer.Option(help="Root of the server.")] = "http://127.0.0.1:30000",
+    policies: Annotated[
+        str | None,
+        typer.Option(help="Policies to compare, separated by commas; all choosable if absent."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Prompt to send; may be given several times.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with one prompt a line; the bundled ones if absent."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature.")] = 0.0,
+    api_key: Annotated[
+        str, typer.Option(help="API key of the server.", envvar="OPENAI_API_KEY")
+    ] = "none",
+    json: Json = False,
+) -> None:
+    """Send the same prompts at once under each policy; show speed, active experts and answers.
+
+    Every policy gets the same `concurrency` requests on an empty prefix cache. Other traffic on
+    the server at the same time would be counted too.
+    """
+    texts = _prompts(prompt, prompts)
+    try:
+        header, names = _policies(url, api_key, policies)
+        loads = asyncio.run(
+            _compare(url, api_key, header, names, texts, concurrency, max_tokens, temperature)
+        )
+    except openai.APIStatusError as error:
+        fail(f"the server refused: {error.message}")
+    except (httpx.HTTPError, openai.APIError) as error:
+        fail(f"no answer from {url}: {error}. Is the server running there?")
+    if json:
+        print_json({"url": url, "policies": {n: _as_json(load) for n, load in loads.items()}})
+    else:
+        _print(loads, show_text=bool(prompt))
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    if given:
+        return given
+    if file is None:
+        return assets.read_prompts()
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"cannot read prompts from {file}: {error}")
+    texts = [line for line in lines if line.strip()]
+    return texts or fail(f"{file} has no prompts; write one a line")
+
+
+def _policies(url: str, api_key: str, wanted: str | None) -> tuple[str, list[str]]:
+    response = httpx.get(
+        f"{url.rstrip('/')}/v1/moe_routing/policies",
+        headers={"Authorization": f"Bearer {api_key}"},
+        timeout=30,
+    )
+    if response.status_code == httpx.codes.NOT_FOUND:
+        fail(f"the server at {url} serves no MoE routing policies")
+    response.raise_for_status()
+    listing = response.json()
+    known = [policy["id"] for policy in listing["data"] if policy["choosable"]]
+    names = [name.strip() for name in wanted.split(",")] if wanted else known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        fail(f"policy {unknown[0]!r} is not served; available: {', '.join(known)}")
+    return listing["header"], names
+
+
+async def _compare(
+    url: str,
+    api_key: str,
+    header: str,
+    names: list[str],
+    texts: list[str],
+    concurrency: int,
+    max_tokens: int,
+    temperature: float,
+) -> dict[str, Load]:
+    sender = LoadClient(url, header=header, api_key=api_key)
+    loads = {}
+    with errors.status("sending requests") as status:
+        for name in names:
+            status.update(f"{concurrency} concurrent requests under {name}")
+            jobs = [Job(texts[i % len(texts)], name) for i in range(concurrency)]
+            loads[name] = await sender.run(jobs, max_tokens=max_tokens, temperature=temperature)
+    return loads
+
+
+def _as_json(load: Load) -> dict[str, Any]:
+    active = load.active_experts
+    return {
+        "requests": len(load.answers),
+        "tokens": load.num_tokens,
+        "tokens_per_s": round(load.tokens_per_s, 3),
+        "tpot_ms": round(load.tpot_ms, 3),
+        "active_experts": active and round(active.final, 3),
+        "active_experts_base": active and round(active.base, 3),
+        "texts": [answer.text for answer in load.answers],
+    }
+
+
+def _print(loads: dict[str, Load], show_text: bool) -> None:
+    table = Table("policy", "requests", "tokens/s", "TPOT ms", "active experts", "without policy")
+    for name, load in loads.items():
+        active = load.active_experts
+        table.add_row(
+            name,
+            str(len(load.answers)),
+            f"{load.tokens_per_s:.1f}",
+            f"{load.tpot_ms:.1f}",
+            f"{active.final:.1f}" if active else "-",
+            f"{active.base:.1f}" if active else "-",
+        )
+    console.print(table)
+    if show_text:
+        for name, load in loads.items():
+            answer = load.answers[0]
+            console.print(f"[bold]{name}[/]", highlight=False)
+            console.print(answer.job.prompt + answer.text, markup=False, highlight=False)

@@ -1,0 +1,226 @@
+"""``demo``: the real server, a small trained model, and a proof that routing does what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .. import demo as assets
+from ..artifacts import load_artifact
+from ..bench.load import Answer, Job, Load, LoadClient
+from ..bench.server import Server, has_accelerator, running_server
+from ..bench.verify import Verdict, verify_calls
+from ..config import VANILLA, LoadedConfig, load_config
+from ..integration import environment
+from ..integration.recorder import read_records
+from .output import Json, clear_errors, console, errors, print_json
+
+NUM_REQUESTS = 16
+MAX_TOKENS = 32
+WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo measured and checked.
+
+    Attributes:
+        loads: policy -> 16 concurrent requests under it alone.
+        mixed: 16 concurrent requests under all policies in turn.
+        verdict: check of every recorded MoE call of the mixed batch.
+        same_text_alone: whether the vanilla texts of the mixed batch equal what the same
+            requests give one at a time.
+    """
+
+    loads: Mapping[str, Load]
+    mixed: Load
+    verdict: Verdict
+    same_text_alone: bool
+
+
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the server running.")] = False,
+    json: Json = False,
+) -> None:
+    """Serve the bundled model for real, compare its policies, check what the experts did.
+
+    Exit status 0 only if every vanilla row kept the engine's routing bit for bit and every
+    re-routed row obeyed its policy.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="sglang-moe-routing-demo-"))
+    with clear_errors():
+        loaded = load_config(assets.CONFIG)
+        with _served(folder, keep) as server:
+            with errors.status("sending requests") as status:
+                outcome = asyncio.run(_run(server, loaded, folder / "records", status.update))
+            if json:
+                print_json(_as_json(outcome))
+            else:
+                _print(outcome)
+            if keep:
+                errors.print(
+                    f"the server stays at {server.url} (process {server.process.pid}); try:\n"
+                    f"  sglang-moe-routing client --url {server.url} --policies vanilla,oea-k3",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+    raise typer.Exit(0 if outcome.verdict.ok else 1)
+
+
+@contextmanager
+def _served(folder: Path, keep: bool) -> Iterator[Server]:
+    flags = ["--served-model-name", "demo", "--random-seed", "0"]
+    if has_accelerator():
+        flags += ["--cuda-graph-backend-decode", "disabled"]  # the recorder decodes eagerly
+    settings = {
+        environment.RECORD: str(folder / "records"),
+        "OMP_NUM_THREADS": "1",  # the model is too small for more
+    }
+    with ExitStack() as stack:
+        with errors.status("starting the server") as status:
+            server = stack.enter_context(
+                running_server(
+                    assets.MODEL,
+                    config=assets.CONFIG,
+                    flags=flags,
+                    environment=settings,
+                    log=folder / "server.log",
+                    stop=not keep,
+                    on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                )
+            )
+        yield server
+
+
+async def _run(
+    server: Server, loaded: LoadedConfig, records: Path, say: Callable[[str], None]
+) -> Outcome:
+    client = LoadClient(server.url)
+    names = loaded.config.names
+    prompts = assets.read_prompts()[:NUM_REQUESTS]
+    await client.run([Job(p, VANILLA) for p in prompts], max_tokens=WARM_UP_TOKENS)
+    loads = {}
+    for name in names:
+        say(f"{NUM_REQUESTS} concurrent requests under {name}")
+        loads[name] = await client.run([Job(p, name) for p in prompts], max_tokens=MAX_TOKENS)
+
+    say("one batch under all policies, every MoE call recorded")
+    jobs = [Job(p, names[i % len(names)]) for i, p in enumerate(prompts)]
+    records.mkdir()
+    mixed = await client.run(jobs, max_tokens=MAX_TOKENS)
+    calls = list(read_records(records))
+    records.rename(records.with_name("mixed-batch"))  # recording stops
+
+    say("the vanilla requests of that batch, one at a time")
+    vanilla = [answer for answer in mixed.answers if answer.job.policy == VANILLA]
+    alone = [await _alone(client, answer) for answer in vanilla]
+    return Outcome(
+        loads=loads,
+        mixed=mixed,
+        verdict=verify_calls(
+            calls, dict(zip(names, loaded.config.definitions, strict=True)), _similarity(loaded)
+        ),
+        same_text_alone=alone == [answer.text for answer in vanilla],
+    )
+
+
+async def _alone(client: LoadClient, answer: Answer) -> str:
+    load = await client.run([answer.job], max_tokens=MAX_TOKENS)
+    return load.answers[0].text
+
+
+def _similarity(loaded: LoadedConfig) -> dict[int, Sequence[Sequence[float]]]:
+    (path,) = loaded.similarity_paths.values()
+    matrices = load_artifact(path).matrices
+    return {layer: matrix.float().tolist() for layer, matrix in matrices.items()}
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    mixed, verdict = outcome.mixed, outcome.verdict
+    by_policy: dict[str, list[Answer]] = {}
+    for answer in mixed.answers:
+        by_policy.setdefault(answer.job.policy, []).append(answer)
+    return {
+        "sglang": environment.SGLANG_VERSION,
+        "device": _device(),
+        "model": "demo",
+        "policies": {name: _load_as_json(load) for name, load in outcome.loads.items()},
+        "mixed": {
+            "policies": {
+                name: {"requests": len(answers), "tokens": sum(a.num_tokens for a in answers)}
+                for name, answers in by_policy.items()
+            },
+            **_load_as_json(mixed),
+            "calls_checked": verdict.num_calls,
+            "rows_checked": verdict.num_rows,
+            "vanilla_rows_checked": verdict.num_vanilla_rows,
+            "vanilla_identical": verdict.vanilla_identical,
+            "violations": list(verdict.violations),
+            "vanilla_text_same_alone": outcome.same_text_alone,
+        },
+    }
+
+
+def _load_as_json(load: Load) -> dict[str, Any]:
+    active = load.active_experts
+    return {
+        "requests": len(load.answers),
+        "tokens": load.num_tokens,
+        "active_experts": active and round(active.final, 3),
+        "active_experts_base": active and round(active.base, 3),
+        "tpot_ms": round(load.tpot_ms, 3),
+    }
+
+
+def _print(outcome: Outcome) -> None:
+    table = Table(title=f"{NUM_REQUESTS} concurrent requests on {_device()}")
+    for column in ("policy", "tokens", "active experts", "without", "TPOT ms"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("sample", no_wrap=True, overflow="ellipsis")
+    rows = [*outcome.loads.items(), ("all mixed", outcome.mixed)]
+    for name, load in rows:
+        active = load.active_experts
+        table.add_row(
+            name,
+            str(load.num_tokens),
+            f"{active.final:.1f}" if active else "-",
+            f"{active.base:.1f}" if active else "-",
+            f"{load.tpot_ms:.1f}",
+            " ".join(load.answers[0].text.split()),
+        )
+    console.print(table)
+    console.print(
+        "active experts: mean per MoE layer and decode step; without: what the router had chosen\n"
+    )
+    verdict = outcome.verdict
+    console.print(
+        f"mixed batch: {verdict.num_calls} recorded MoE calls, {verdict.num_rows} rows checked\n"
+        f"  vanilla rows bit for bit the engine's own: {_yes(verdict.vanilla_identical)} "
+        f"({verdict.num_vanilla_rows} rows)\n"
+        f"  re-routed rows obey their policies: {_yes(not verdict.violations)}\n"
+        f"  vanilla texts equal those of the same requests alone: {_yes(outcome.same_text_alone)}"
+        + ("" if outcome.same_text_alone else " (rounding: see docs/batch-dependence.md)"),
+        highlight=False,
+    )
+    for violation in verdict.violations[:10]:
+        console.print(f"  {violation}", style="red", markup=False)
+
+
+def _yes(value: bool) -> str:
+    return "[green]yes[/]" if value else "[red]no[/]"
+
+
+def _device() -> str:
+    if not has_accelerator():
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "xpu"

@@ -1,0 +1,52 @@
+"""``serve``: start SGLang's own server with routing policies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.server import server_command, server_environment
+from ..config import bundled_config, load_config
+from ..integration import environment
+from .output import clear_errors, errors
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model folder or Hugging Face name.")],
+    routing_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Routing config (YAML); configs/default.yaml if absent.",
+            envvar=environment.CONFIG,
+        ),
+    ] = None,
+    cpu: Annotated[
+        bool | None,
+        typer.Option(
+            "--cpu/--no-cpu",
+            help="Use the portable CPU platform; by default where there is no accelerator.",
+        ),
+    ] = None,
+) -> None:
+    """Start SGLang's server; every other option is passed on to SGLang.
+
+    Example: sglang-moe-routing serve Qwen/Qwen3-30B-A3B --routing-config oea.yaml --tp 2
+    """
+    with clear_errors():
+        path = routing_config or bundled_config("default.yaml")
+        loaded = load_config(path)
+        env = server_environment(path, context.args, cpu=cpu)
+        command = server_command(model, context.args)
+    names = ", ".join(loaded.config.names)
+    platform = env.get("SGLANG_PLATFORM") or "SGLang's own"
+    errors.print(
+        f"routing config {loaded.path}; policies: {names}; default: {loaded.config.default}; "
+        f"platform: {platform}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    os.execve(command[0], command, env)  # noqa: S606  # becomes the server: signals reach it

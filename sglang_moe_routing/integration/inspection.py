@@ -1,0 +1,44 @@
+"""The start-up checks without a server, for the ``check`` command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..artifacts import load_artifact
+from ..config import load_config
+from ..errors import RoutingError
+from . import hooking
+from .report import Finding, Inspection
+
+
+def inspect(config: Path) -> Inspection:
+    """Run every check that needs no model and no server flags."""
+    result = Inspection(config=str(config))
+    try:
+        result.sglang = hooking.check_version()
+        result.findings = _verify_symbols()
+        hooking.refuse_problems(result.findings)
+    except RoutingError as error:
+        result.problems.append(str(error))
+    try:
+        loaded = load_config(config)
+        result.policies = loaded.config.names
+        for path in loaded.similarity_paths.values():
+            load_artifact(path)
+    except RoutingError as error:
+        result.problems.append(str(error))
+    result.platform = _platform()
+    return result
+
+
+def _verify_symbols() -> Sequence[Finding]:
+    from .hooks import HOOKS, RELIED_ON
+
+    return hooking.verify([*HOOKS, *RELIED_ON])
+
+
+def _platform() -> str:
+    from sglang.srt.platforms import current_platform
+
+    return f"{type(current_platform).__name__} ({current_platform.device_name})"

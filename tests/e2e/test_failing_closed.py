@@ -1,0 +1,164 @@
+"""A server that cannot serve what its config says must not serve at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sglang_moe_routing import demo
+from sglang_moe_routing.bench.server import server_command, server_environment, stop_server
+
+SITECUSTOMIZE = '''
+"""Changes one SGLang module as it is imported: `SABOTAGE=module:statement`."""
+import importlib.util, os, sys
+
+module, _, statement = os.environ["SABOTAGE"].partition(":")
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name != module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(loaded):
+            load(loaded)
+            exec(statement, vars(loaded))
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+'''
+
+GOOD = "version: 1\npolicies:\n  fast: {kind: oea, k0: 3}\n"
+
+
+def failed_start(
+    folder: Path, config: str, *flags: str, sabotage: str = "", model: Path = demo.MODEL
+) -> tuple[int, str]:
+    """Start SGLang's own server and wait for it to end; its exit status and output."""
+    path = folder / "routing.yaml"
+    path.write_text(config)
+    base = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if sabotage:
+        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+        base |= {"PYTHONPATH": str(folder), "SABOTAGE": sabotage}
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            server_command(str(model), ["--port", "29999", *flags]),
+            env=server_environment(path, cpu=True, base=base),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        status = process.wait(timeout=300)
+    finally:
+        stop_server(process)
+    return status, log.read_text()
+
+
+def own_message(output: str) -> str:
+    start = output.find("sglang-moe-routing:")
+    assert start >= 0, output[-3000:]
+    return output[start : start + 1500]
+
+
+def test_misspelled_key_stops_the_server(tmp_path: Path) -> None:
+    status, output = failed_start(tmp_path, GOOD.replace("policies", "polices"))
+    assert status == 78
+    assert "routing.yaml:2: polices: unknown key, did you mean 'policies'?" in own_message(output)
+
+
+def test_renamed_symbol_stops_the_server(tmp_path: Path) -> None:
+    status, output = failed_start(
+        tmp_path,
+        GOOD,
+        sabotage="sglang.srt.layers.moe.topk:_renamed = _post_process_topk_ids; "
+        "del _post_process_topk_ids",
+    )
+    assert status == 78
+    message = own_message(output)
+    assert "sglang.srt.layers.moe.topk._post_process_topk_ids not found" in message
+    assert "Reinstall sglang==0.5.23" in message
+
+
+def test_changed_signature_stops_the_server(tmp_path: Path) -> None:
+    status, output = failed_start(
+        tmp_path,
+        GOOD,
+        sabotage="sglang.srt.layers.moe.topk:_post_process_topk_ids = lambda topk_ids, extra: 0",
+    )
+    assert status == 78
+    assert "has parameters (topk_ids, extra), expected (topk_ids, topk_weights," in output
+
+
+def test_removed_hook_stops_the_server(tmp_path: Path) -> None:
+    status, output = failed_start(
+        tmp_path,
+        GOOD,
+        sabotage="sglang.srt.plugins.hook_registry:_register = HookRegistry.register; "
+        "HookRegistry.register = lambda target, *a, **k: "
+        "None if target.endswith('Req.__init__') else _register(target, *a, **k)",
+    )
+    assert status == 78
+    message = own_message(output)
+    assert "routing hooks were not applied: sglang.srt.managers.schedule_batch.Req" in message
+
+
+def test_missing_artifact_stops_the_server(tmp_path: Path) -> None:
+    config = (
+        "version: 1\nsimilarity: {main: none.safetensors}\n"
+        "policies: {s: {kind: sere, num_primary: 2}}\n"
+    )
+    status, output = failed_start(tmp_path, config)
+    assert status == 78
+    assert f"{tmp_path}/none.safetensors: no such similarity artifact" in own_message(output)
+
+
+def test_unsupported_flags_stop_the_server_before_it_spawns_anything(tmp_path: Path) -> None:
+    status, output = failed_start(tmp_path, GOOD, "--tokenizer-worker-num", "2")
+    assert status == 78
+    assert "--tokenizer-worker-num 2: extra HTTP workers do not load" in own_message(output)
+    assert "Load weight begin" not in output
+
+
+def test_policy_that_does_not_fit_the_model_stops_the_server(tmp_path: Path) -> None:
+    status, output = failed_start(tmp_path, GOOD.replace("k0: 3", "k0: 9"))
+    assert status != 0
+    message = own_message(output)
+    assert "policies.fast.k0: 9 exceeds the model's top_k of 8" in message
+
+
+def test_artifact_of_another_model_stops_the_server(tmp_path: Path) -> None:
+    import torch
+
+    from sglang_moe_routing import SimilarityArtifact, save_artifact
+
+    other = SimilarityArtifact({layer: torch.eye(16) for layer in range(4)}, "cosine", "other")
+    save_artifact(other, tmp_path / "other.safetensors")
+    config = (
+        "version: 1\nsimilarity: {main: other.safetensors}\n"
+        "policies: {s: {kind: sere, num_primary: 2}}\n"
+    )
+    status, output = failed_start(tmp_path, config)
+    assert status != 0
+    assert "is for 16 experts, but layer 0 of this model has 64" in own_message(output)
+
+
+def test_dense_model_stops_the_server(tmp_path: Path) -> None:
+    import shutil
+
+    transformers = pytest.importorskip("transformers")
+    model = tmp_path / "dense"
+    shutil.copytree(demo.MODEL, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = transformers.Qwen3Config.from_pretrained(demo.MODEL)
+    config.architectures = ["Qwen3ForCausalLM"]
+    transformers.Qwen3ForCausalLM(config).save_pretrained(model)
+    status, output = failed_start(tmp_path, GOOD, model=model)
+    assert status != 0
+    assert "Qwen3ForCausalLM has no MoE layers that SGLang routes" in own_message(output)

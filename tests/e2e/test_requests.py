@@ -1,0 +1,234 @@
+"""Every way to pick a policy, on every endpoint, through real requests."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from .conftest import HEADER, Running
+
+AVAILABLE = "vanilla, oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3"
+MESSAGES = [{"role": "user", "content": "In the beginning"}]
+
+
+@pytest.fixture
+def client(served: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def body_policy(name: object) -> dict[str, Any]:
+    return {"custom_params": {"moe_routing_policy": name}}
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def test_header_picks_the_policy_of_a_chat(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo", messages=MESSAGES, max_tokens=4, extra_headers={HEADER: "oea-k3"}
+    )
+    assert raw.headers[HEADER] == "oea-k3"
+    assert raw.parse().metadata["moe_routing_policy"] == "oea-k3"
+
+
+def test_request_without_a_policy_gets_the_default(client: openai.OpenAI) -> None:
+    raw = client.completions.with_raw_response.create(model="demo", prompt="The", max_tokens=2)
+    assert raw.headers[HEADER] == "vanilla"
+    assert raw.parse().metadata["moe_routing_policy"] == "vanilla"
+
+
+def test_body_field_picks_the_policy(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo", messages=MESSAGES, max_tokens=2, extra_body=body_policy("topk-k3")
+    )
+    assert raw.headers[HEADER] == "topk-k3"
+
+
+def test_model_alias_picks_the_policy(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo@sere-s2", messages=MESSAGES, max_tokens=2
+    )
+    assert raw.headers[HEADER] == "sere-s2"
+    assert raw.parse().model == "demo"
+
+
+def test_agreeing_sources_are_fine(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo@oea-k3",
+        messages=MESSAGES,
+        max_tokens=2,
+        extra_headers={HEADER: "oea-k3"},
+        extra_body=body_policy("oea-k3"),
+    )
+    assert raw.headers[HEADER] == "oea-k3"
+
+
+def test_streaming_chat_says_the_policy_in_its_header(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(
+        model="demo",
+        messages=MESSAGES,
+        max_tokens=4,
+        stream=True,
+        extra_headers={HEADER: "oea-k3"},
+    )
+    assert raw.headers[HEADER] == "oea-k3"
+    assert len(list(raw.parse())) >= 2
+
+
+def test_several_answers_and_several_prompts(client: openai.OpenAI) -> None:
+    raw = client.completions.with_raw_response.create(
+        model="demo",
+        prompt=["The first", "The second"],
+        n=2,
+        max_tokens=3,
+        temperature=1.0,
+        extra_headers={HEADER: "oea-k3"},
+    )
+    assert raw.headers[HEADER] == "oea-k3"
+    assert len(raw.parse().choices) == 4
+
+
+def test_generate_says_the_policy_in_meta_info(served: Running) -> None:
+    body = {"text": "The", "sampling_params": {"max_new_tokens": 2}}
+    response = served.http.post("/generate", json=body, headers={HEADER: "oea-k3"})
+    assert response.headers[HEADER] == "oea-k3"
+    assert response.json()["meta_info"]["moe_routing_policy"] == "oea-k3"
+
+
+def test_streaming_generate_says_it_in_every_event(served: Running) -> None:
+    body = {"text": "The", "sampling_params": {"max_new_tokens": 3}, "stream": True}
+    response = served.http.post("/generate", json=body, headers={HEADER: "oea-k3"})
+    assert response.headers[HEADER] == "oea-k3"
+    policies = {event["meta_info"]["moe_routing_policy"] for event in events(response)}
+    assert policies == {"oea-k3"}
+
+
+def test_items_of_a_batch_may_differ(served: Running) -> None:
+    items = [{"max_new_tokens": 2, **body_policy("oea-k3")}, {"max_new_tokens": 2}]
+    body = {"text": ["The", "And"], "sampling_params": items}
+    response = served.http.post("/generate", json=body)
+    assert response.headers[HEADER] == "oea-k3, vanilla"
+    applied = [item["meta_info"]["moe_routing_policy"] for item in response.json()]
+    assert applied == ["oea-k3", "vanilla"]
+
+
+def test_parallel_samples_of_generate_keep_the_policy(served: Running) -> None:
+    body = {"text": ["The", "And"], "sampling_params": {"max_new_tokens": 2, "n": 3}}
+    response = served.http.post("/generate", json=body, headers={HEADER: "sere-s2"})
+    applied = [item["meta_info"]["moe_routing_policy"] for item in response.json()]
+    assert applied == ["sere-s2"] * 6
+
+
+ENDPOINTS = {
+    "/generate": {"text": "The", "sampling_params": {"max_new_tokens": 2}},
+    "/v1/completions": {"model": "demo", "prompt": "The", "max_tokens": 2},
+    "/v1/chat/completions": {"model": "demo", "messages": MESSAGES, "max_tokens": 2},
+    "/v1/responses": {"model": "demo", "input": "The", "max_output_tokens": 2},
+    "/v1/messages": {"model": "demo", "messages": MESSAGES, "max_tokens": 2},
+    "/api/generate": {"model": "demo", "prompt": "The", "options": {"num_predict": 2}},
+    "/api/chat": {"model": "demo", "messages": MESSAGES, "options": {"num_predict": 2}},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_every_endpoint_answers_with_the_applied_policy(
+    served: Running, path: str, stream: bool
+) -> None:
+    body = {**ENDPOINTS[path], "stream": stream}
+    response = served.http.post(path, json=body, headers={HEADER: "oea-k3"})
+    assert response.status_code == 200, response.text
+    assert response.headers[HEADER] == "oea-k3"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("name", ["no-such", "private", "two words", ""])
+def test_every_endpoint_refuses_a_bad_header_with_400(
+    served: Running, path: str, stream: bool, name: str
+) -> None:
+    body = {**ENDPOINTS[path], "stream": stream}
+    response = served.http.post(path, json=body, headers={HEADER: name})
+    assert response.status_code == 400, response.text
+    answer = response.json()
+    message = answer.get("message") or answer["error"]["message"]
+    assert repr(name) in message
+    assert HEADER in message
+    assert message.endswith(f"available: {AVAILABLE}")
+    assert HEADER not in response.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("value", ["no-such", "private", 7, ["oea-k3"], ""])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_bad_body_field_is_a_400(served: Running, path: str, value: object, stream: bool) -> None:
+    body = {**ENDPOINTS[path], **body_policy(value), "stream": stream}
+    response = served.http.post(path, json=body)
+    assert response.status_code == 400, response.text
+    assert repr(value) in response.json()["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_bad_body_field_of_generate_is_a_400(served: Running, stream: bool) -> None:
+    params = {"max_new_tokens": 2, **body_policy("no-such")}
+    body = {"text": "The", "sampling_params": params, "stream": stream}
+    response = served.http.post("/generate", json=body)
+    assert response.status_code == 400, response.text
+    assert "no-such" in response.json()["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages", "/v1/responses"])
+def test_bad_alias_is_a_400(served: Running, path: str) -> None:
+    response = served.http.post(path, json={**ENDPOINTS[path], "model": "demo@no-such"})
+    assert response.status_code == 400, response.text
+    assert "no-such" in response.text
+
+
+def test_contradiction_is_a_400_that_names_both(served: Running) -> None:
+    body = {**ENDPOINTS["/v1/completions"], **body_policy("vanilla")}
+    response = served.http.post("/v1/completions", json=body, headers={HEADER: "oea-k3"})
+    assert response.status_code == 400
+    assert "says 'oea-k3'" in response.json()["message"]
+    assert "says 'vanilla'" in response.json()["message"]
+
+
+def test_header_given_twice_is_a_400(served: Running) -> None:
+    headers = [(HEADER, "oea-k3"), (HEADER, "oea-k3")]
+    body = ENDPOINTS["/v1/completions"]
+    response = served.http.post("/v1/completions", json=body, headers=headers)
+    assert response.status_code == 400
+    assert "2 times" in response.json()["message"]
+
+
+def test_error_has_sglangs_own_shape(served: Running) -> None:
+    body = ENDPOINTS["/v1/completions"]
+    response = served.http.post("/v1/completions", json=body, headers={HEADER: "no-such"})
+    assert {"object": "error", "code": 400, "param": None}.items() <= response.json().items()
+
+
+def test_beam_search_under_a_policy_is_a_400(served: Running) -> None:
+    body = {"text": "The", "sampling_params": {"max_new_tokens": 2, "beam_width": 2}}
+    response = served.http.post("/generate", json=body, headers={HEADER: "oea-k3"})
+    assert response.status_code == 400
+    assert "beam search" in response.text
+
+
+def test_policies_are_listed(served: Running) -> None:
+    listing = served.http.get("/v1/moe_routing/policies").json()
+    assert listing["default"] == "vanilla"
+    assert listing["header"] == HEADER
+    choosable = {item["id"]: item["choosable"] for item in listing["data"]}
+    assert choosable["oea-k3"] is True
+    assert choosable["private"] is False
+
+
+def test_requests_that_generate_nothing_are_left_alone(served: Running) -> None:
+    response = served.http.get("/health", headers={HEADER: "no-such"})
+    assert response.status_code == 200
+    assert HEADER not in response.headers

@@ -1,0 +1,300 @@
+"""What the engine really ran, recorded, and held to the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from sglang_moe_routing import demo
+from tests.recorded import check_call
+
+from .conftest import HEADER, Running, describe
+
+POLICIES = ("vanilla", "oea-k3", "oea-k2", "topk-k3", "sere-s2", "late")
+
+
+def generate_all(
+    url: str, policies: Iterable[str], max_new_tokens: int = 12, **extra: Any
+) -> list[dict[str, Any]]:
+    """One /generate request per policy, all at once; temperature 0, full length."""
+    prompts = demo.read_prompts()
+
+    async def send_all() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+            responses = await asyncio.gather(
+                *(
+                    http.post(
+                        "/generate",
+                        json={
+                            "text": prompts[i % len(prompts)],
+                            "rid": f"{i}-{policy}-{np.random.default_rng().integers(1 << 60)}",
+                            "sampling_params": {
+                                "max_new_tokens": max_new_tokens,
+                                "temperature": 0,
+                                "ignore_eos": True,
+                            },
+                            **extra,
+                        },
+                        headers={HEADER: policy},
+                    )
+                    for i, policy in enumerate(policies)
+                )
+            )
+        assert [r.status_code for r in responses] == [200] * len(responses)
+        return [response.json() for response in responses]
+
+    return asyncio.run(send_all())
+
+
+def check_all(calls: list[dict[str, Any]], similarity: dict[int, np.ndarray]) -> Counter[str]:
+    """Hold every call to the oracle; how many rows of each policy there were."""
+    rows: Counter[str] = Counter()
+    for call in calls:
+        num_live = sum(name is not None for name in call["rows"])
+        policies = {n: describe(n, call["layer"], num_live) for n in set(call["rows"]) if n}
+        check_call(call, policies, similarity)
+        rows.update(name for name in call["rows"] if name)
+        if call["requests"]:
+            for rid, name in zip(call["requests"], call["rows"], strict=True):
+                assert name in ("vanilla", rid_policy(rid)), (rid, name)
+    return rows
+
+
+def rid_policy(rid: str) -> str:
+    return rid.split("-", 1)[1].rsplit("-", 1)[0]
+
+
+def distinct(ids: list[list[int]], rows: list[str | None]) -> int:
+    return len({e for row, name in zip(ids, rows, strict=True) if name for e in row})
+
+
+def test_mixed_policies_share_batches_and_obey_the_oracle(
+    served: Running, similarity: dict[int, np.ndarray]
+) -> None:
+    calls = served.record(lambda: generate_all(served.url, POLICIES * 3))
+    rows = check_all(calls, similarity)
+    assert set(rows) == set(POLICIES)
+    assert all(rows[name] >= 3 * 11 * 4 for name in POLICIES)  # requests x decode steps x layers
+    assert max(len(call["rows"]) for call in calls) == 18
+    assert any(len(set(call["rows"])) == len(POLICIES) for call in calls)
+    assert {call["phase"] for call in calls} == {"DECODE"}
+
+
+@pytest.mark.parametrize("name", ["oea-k3", "sere-s2"])
+def test_fewer_experts_are_active(served: Running, name: str) -> None:
+    calls = served.record(lambda: generate_all(served.url, [name] * 16))
+    full = [call for call in calls if len(call["rows"]) == 16]
+    final = sum(distinct(call["final_ids"], call["rows"]) for call in full)
+    base = sum(distinct(call["base_ids"], call["rows"]) for call in full)
+    assert final <= 0.75 * base
+
+
+def test_statistics_equal_what_was_recorded(served: Running) -> None:
+    def read() -> list[dict[str, int]]:
+        data = served.http.get("/v1/moe_routing/statistics").json()["data"]
+        assert len(data) == 1
+        return data[0]["layers"]
+
+    before = read()
+    calls = served.record(lambda: generate_all(served.url, POLICIES))
+    for start, end in zip(before, read(), strict=True):
+        mine = [call for call in calls if call["layer"] == end["layer"]]
+        assert end["calls"] - start["calls"] == len(mine)
+        assert end["rows"] - start["rows"] == sum(len(call["rows"]) for call in mine)
+        for column, ids in (("active_experts", "final_ids"), ("active_experts_base", "base_ids")):
+            counted = sum(distinct(call[ids], call["rows"]) for call in mine)
+            assert end[column] - start[column] == counted
+
+
+def test_policy_of_all_phases_reroutes_the_prompt(
+    served: Running, similarity: dict[int, np.ndarray]
+) -> None:
+    served.http.post("/flush_cache")
+    calls = served.record(lambda: generate_all(served.url, ["everywhere"], max_new_tokens=2))
+    check_all(calls, similarity)
+    assert {call["phase"] for call in calls} == {"EXTEND", "DECODE"}
+    prefill = [call for call in calls if call["phase"] == "EXTEND"]
+    assert set(prefill[0]["rows"]) == {"everywhere"}
+    assert any(call["final_ids"] != call["base_ids"] for call in prefill)
+
+
+def test_prompts_of_decode_policies_stay_exact(served: Running) -> None:
+    """With one token to generate there is no decode step: every policy gives vanilla's logits."""
+    texts = {
+        name: generate_all(served.url, [name], 1, return_logprob=True)[0]["meta_info"]
+        for name in ("vanilla", "topk-k3", "sere-s2")
+    }
+    logprobs = {name: info["output_token_logprobs"] for name, info in texts.items()}
+    assert logprobs["topk-k3"] == logprobs["sere-s2"] == logprobs["vanilla"]
+
+
+def test_prefix_cache_is_isolated_per_definition(served: Running) -> None:
+    prompt = "A prefix cache test needs a prompt that no other test sends, of some length."
+
+    def cached(policy: str, text: str = prompt) -> tuple[int, str]:
+        params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+        body = {"text": text, "sampling_params": params}
+        answer = served.http.post("/generate", json=body, headers={HEADER: policy}).json()
+        return answer["meta_info"]["cached_tokens"], text + answer["text"]
+
+    served.http.post("/flush_cache")
+    fresh, _ = cached("vanilla")
+    again, _ = cached("vanilla")
+    assert again > fresh + 8
+    oea_fresh, conversation = cached("oea-k3")
+    assert oea_fresh < again, "vanilla KV must not serve another policy"
+    oea_next, _ = cached("oea-k3", conversation)
+    assert oea_next > again, "a policy reuses the KV of its own earlier turns"
+    vanilla_next, _ = cached("vanilla", conversation)
+    assert vanilla_next <= again + 1, "KV made under a policy must not serve vanilla"
+    twin, _ = cached("same-as-oea-k3", conversation)
+    assert twin > again, "an equal definition under another name shares KV"
+
+
+def test_users_cache_key_still_separates(served: Running) -> None:
+    served.http.post("/flush_cache")
+    body = {
+        "text": "Words that only this test sends. " * 3,
+        "sampling_params": {"max_new_tokens": 1},
+    }
+    headers = {HEADER: "oea-k3"}
+    keys = ["tenant-a", "tenant-a", "tenant-b"]
+    answers = [
+        served.http.post("/generate", json={**body, "extra_key": key}, headers=headers).json()
+        for key in keys
+    ]
+    cached = [answer["meta_info"]["cached_tokens"] for answer in answers]
+    assert cached[1] > cached[0]
+    assert cached[2] < cached[1]
+
+
+@pytest.fixture(scope="module")
+def stressed(start: Callable[..., Any], config: Path) -> Iterator[Running]:
+    """Chunked prefill, mixed chunks, forced retraction, and returned routed experts."""
+    flags = (
+        "--chunked-prefill-size",
+        "32",
+        "--enable-mixed-chunk",
+        "--enable-return-routed-experts",
+    )
+    with start(config, *flags, SGLANG_TEST_RETRACT="1") as running:
+        yield running
+
+
+def test_mixed_chunks_and_retraction_keep_rows_right(
+    stressed: Running, similarity: dict[int, np.ndarray]
+) -> None:
+    answers: list[dict[str, Any]] = []
+    calls = stressed.record(
+        lambda: answers.extend(generate_all(stressed.url, POLICIES * 2, max_new_tokens=16))
+    )
+    rows = check_all(calls, similarity)
+    assert set(rows) == set(POLICIES)
+    assert {"MIXED", "DECODE"} <= {call["phase"] for call in calls}
+    assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
+
+
+def test_returned_routed_experts_are_those_that_ran(stressed: Running) -> None:
+    answers: list[dict[str, Any]] = []
+    calls = stressed.record(
+        lambda: answers.extend(
+            generate_all(stressed.url, ["topk-k3"], 4, return_routed_experts=True)
+        )
+    )
+    info = answers[0]["meta_info"]
+    returned = np.frombuffer(base64.b64decode(info["routed_experts"]), dtype=np.int32)
+    returned = returned.reshape(-1, 4, 8)  # [tokens, layers, top_k]
+    decode = [call for call in calls if call["phase"] == "DECODE"]
+    steps = [decode[i : i + 4] for i in range(0, len(decode), 4)]
+    ran = np.array([[call["final_ids"][0] for call in step] for step in steps])
+    assert np.array_equal(returned[-len(ran) :], ran)
+
+
+@pytest.fixture(scope="module")
+def graphed(start: Callable[..., Any], config: Path) -> Iterator[Running]:
+    """SGLang's decode graph runner with buckets, re-executing instead of replaying."""
+    flags = (
+        "--enable-torch-compile",
+        "--cuda-graph-backend-prefill",
+        "disabled",
+        "--cuda-graph-bs-decode",
+        *"1 2 4 8 16".split(),
+    )
+    with start(config, *flags, SGLANG_MOE_ROUTING_EMULATE_GRAPHS="1") as running:
+        yield running
+
+
+def test_graph_padding_adds_no_expert(graphed: Running, similarity: dict[int, np.ndarray]) -> None:
+    calls = graphed.record(lambda: generate_all(graphed.url, POLICIES[:5] * 2 + ("late",)))
+    rows = check_all(calls, similarity)
+    assert set(rows) == set(POLICIES)
+    assert {call["phase"] for call in calls} == {"GRAPH"}
+    padded = [call for call in calls if None in call["rows"]]
+    assert padded
+    assert {len(call["rows"]) for call in calls} <= {1, 2, 4, 8, 16}
+    for call in padded:
+        names = call["rows"]
+        live = {e for row, n in zip(call["final_ids"], names, strict=True) if n for e in row}
+        everyone = {e for row in call["final_ids"] for e in row}
+        assert everyone == live
+
+
+def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
+    calls = graphed.record(lambda: generate_all(graphed.url, ["vanilla"] * 5))
+    padded = [call for call in calls if call["rows"].count(None) == 3]
+    assert padded
+    for call in padded:
+        assert call["final_ids"][:5] == call["base_ids"][:5]
+        assert call["final_weights"][:5] == call["base_weights"][:5]
+        live = {e for row in call["base_ids"][:5] for e in row}
+        assert {e for row in call["final_ids"][5:] for e in row} <= live
+        assert {w for row in call["final_weights"][5:] for w in row} == {0.0}
+
+
+def test_tensor_parallel_ranks_agree(
+    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray]
+) -> None:
+    with start(config, "--tp", "2") as running:
+        calls = running.record(lambda: generate_all(running.url, POLICIES))
+    assert set(check_all(calls, similarity)) == set(POLICIES)
+    by_rank: dict[int, list[dict[str, Any]]] = {}
+    for call in calls:
+        by_rank.setdefault(call.pop("pid"), []).append(call)
+    first, second = by_rank.values()
+    assert first == second
+
+
+def test_vanilla_only_server_is_bit_identical_to_one_without_hooks(
+    start: Callable[..., Any], served: Running
+) -> None:
+    """Text and log-probabilities, one request at a time, same MoE forward."""
+
+    def answers(url: str) -> list[Any]:
+        httpx.post(f"{url}/flush_cache", timeout=60)
+        found = []
+        for prompt in demo.read_prompts()[:6]:
+            body = {
+                "text": prompt,
+                "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True},
+                "return_logprob": True,
+                "top_logprobs_num": 4,
+                "logprob_start_len": 0,
+            }
+            answer = httpx.post(f"{url}/generate", json=body, timeout=300).json()
+            info = answer["meta_info"]
+            names = ("input_token_logprobs", "output_token_logprobs", "output_top_logprobs")
+            found.append((answer["text"], *(info[name] for name in names)))
+        return found
+
+    with start(None) as plain:
+        assert httpx.get(f"{plain.url}/v1/moe_routing/policies").status_code == 404
+        expected = answers(plain.url)
+    assert answers(served.url) == expected

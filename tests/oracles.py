@@ -1,0 +1,284 @@
+"""Slow, obvious re-statements of the routing rules that the tests hold the package to.
+
+Everything here is written from the routing semantics page with plain Python loops and float64
+arithmetic.  It imports nothing from the package and shares no code with it, so an error in the
+package cannot hide here as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RowPolicy = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The answer to one MoE call: final ids and weights, the active set U, and its sizes."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    active: list[int]
+    distinct: int
+    distinct_base: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model's router makes of logits: scores, gates, and its own choice."""
+
+    scores: np.ndarray
+    gates: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+def comes_before(score_a: float, id_a: int, score_b: float, id_b: int) -> bool:
+    """Say whether expert a ranks before expert b: higher score, then lower id, NaN last."""
+    a_nan, b_nan = math.isnan(score_a), math.isnan(score_b)
+    if a_nan != b_nan:
+        return b_nan
+    if not a_nan and score_a != score_b:  # 0.0 == -0.0 here, as the page wants
+        return score_a > score_b
+    return id_a < id_b
+
+
+def in_rank_order(candidates: Sequence[int], scores: Sequence[float]) -> list[int]:
+    """Sort experts by selection: take the best of what is left, again and again."""
+    left = list(candidates)
+    ordered: list[int] = []
+    while left:
+        best = left[0]
+        for j in left[1:]:
+            if comes_before(float(scores[j]), j, float(scores[best]), best):
+                best = j
+        ordered.append(best)
+        left.remove(best)
+    return ordered
+
+
+def rank_order(scores: Sequence[float], base: Sequence[int]) -> list[int]:
+    """All experts of one row in rank order, the engine's own choice standing first."""
+    rest = [j for j in range(len(scores)) if j not in base]
+    return in_rank_order(base, scores) + in_rank_order(rest, scores)
+
+
+def clean_gates(gates: Sequence[float]) -> list[float]:
+    """The gates of one row with every NaN counted as 0."""
+    return [0.0 if math.isnan(g) else float(g) for g in gates]
+
+
+def mass_prefixes(gates: Sequence[float], order: Sequence[int]) -> list[float]:
+    """Cumulative gate mass after 1, 2, ... experts of `order`, as a share of all experts."""
+    clean = clean_gates(gates)
+    total = sum(clean)
+    shares: list[float] = []
+    running = 0.0
+    for j in order:
+        running += clean[j]
+        shares.append(running / total if total > 0.0 else 0.0)
+    return shares
+
+
+def keeps_base(policy: RowPolicy, k: int) -> bool:
+    """Say whether the policy leaves all k of the row's experts required, which is vanilla."""
+    kind = policy["kind"]
+    if kind == "vanilla":
+        return True
+    if kind == "topk":
+        return int(policy["k0"]) >= k
+    if kind == "oea":
+        return int(policy["k0"]) >= k and policy.get("p", 1.0) >= 1.0
+    if kind == "sere":
+        return int(policy["S"]) >= k
+    raise ValueError(f"unknown kind {kind!r}")
+
+
+def required_count(policy: RowPolicy, k: int, gates: Sequence[float], base: Sequence[int]) -> int:
+    """How many of the row's base experts (in rank order) pass 1 requires."""
+    kind = policy["kind"]
+    if keeps_base(policy, k):
+        return k
+    if kind == "topk":
+        return min(int(policy["k0"]), k)
+    if kind == "sere":
+        return min(int(policy["S"]), k)
+    m = min(int(policy["k0"]), k)
+    p = policy.get("p", 1.0)
+    if p < 1.0:
+        for t, share in enumerate(mass_prefixes(gates, base), start=1):
+            if share >= p:
+                m = min(m, t)
+                break
+    return max(m, 1)
+
+
+def reroute(
+    scores: np.ndarray,
+    gates: np.ndarray,
+    topk_ids: np.ndarray,
+    topk_weights: np.ndarray,
+    policies: Sequence[RowPolicy | None],
+    *,
+    renormalize: bool,
+    scale: float = 1.0,
+) -> Routed:
+    """Route one MoE call; `policies[b]` is None for a padded row."""
+    n_rows, n_experts = scores.shape
+    k = topk_ids.shape[1]
+    live = [b for b in range(n_rows) if policies[b] is not None]
+
+    # Pass 1: what every live row requires.
+    order: dict[int, list[int]] = {}
+    required: dict[int, list[int]] = {}
+    union: set[int] = set()
+    for b in live:
+        policy = policies[b]
+        assert policy is not None
+        base = [int(j) for j in topk_ids[b]]
+        order[b] = rank_order([float(s) for s in scores[b]], base)
+        m = required_count(policy, k, [float(g) for g in gates[b]], order[b][:k])
+        required[b] = order[b][:m]
+        for j in required[b]:
+            union.add(j)
+    active = sorted(union)
+
+    # Pass 2: every row on its own, given the active set.
+    ids = np.zeros((n_rows, k), dtype=np.int64)
+    weights = np.zeros((n_rows, k), dtype=np.float64)
+    for b in range(n_rows):
+        policy = policies[b]
+        if policy is None:
+            for t in range(k):
+                ids[b, t] = active[0] if active else 0
+                weights[b, t] = 0.0
+            continue
+        if keeps_base(policy, k):
+            for t in range(k):
+                ids[b, t] = topk_ids[b, t]
+                weights[b, t] = float(topk_weights[b, t])
+            continue
+        if policy["kind"] == "sere":
+            for t in range(k):
+                ids[b, t] = _stand_in(int(topk_ids[b, t]), policy, required[b], active)
+                weights[b, t] = float(topk_weights[b, t])
+            continue
+        chosen = list(required[b])
+        if policy["kind"] == "oea":
+            k_max = policy.get("k_max")
+            k_max = k if k_max is None else min(int(k_max), k)
+            max_rank = policy.get("max_rank")
+            max_rank = n_experts if max_rank is None else min(int(max_rank), n_experts)
+            for rank in range(len(required[b]) + 1, max_rank + 1):  # ranks count from 1
+                if len(chosen) >= k_max:
+                    break
+                j = order[b][rank - 1]
+                if j in union:
+                    chosen.append(j)
+        clean = clean_gates([float(g) for g in gates[b]])
+        chosen_sum = sum(clean[j] for j in chosen)
+        incoming_sum = sum(float(w) for w in topk_weights[b])
+        for t in range(k):
+            if t < len(chosen):
+                j = chosen[t]
+                ids[b, t] = j
+                if chosen_sum == 0.0:
+                    weights[b, t] = 0.0
+                elif renormalize:
+                    weights[b, t] = clean[j] / chosen_sum * incoming_sum
+                else:
+                    weights[b, t] = clean[j] * scale
+            else:  # a filler repeats the row's first expert and weighs nothing
+                ids[b, t] = chosen[0]
+                weights[b, t] = 0.0
+
+    final: set[int] = set()
+    original: set[int] = set()
+    for b in live:
+        for t in range(k):
+            final.add(int(ids[b, t]))
+            original.add(int(topk_ids[b, t]))
+    return Routed(ids, weights, active, len(final), len(original))
+
+
+def _stand_in(u: int, policy: RowPolicy, required: list[int], active: list[int]) -> int:
+    """The expert that runs in place of u for a row under sere."""
+    if u in required or u in active:
+        return u
+    sim = np.asarray(policy["sim"], dtype=np.float32)
+    best = active[0]
+    for v in active:  # ascending, so an equal later value does not win
+        if sim[u, v] > sim[u, best]:
+            best = v
+    return best if sim[u, best] >= np.float32(policy["rho"]) else u
+
+
+def softmax_row(logits: Sequence[float]) -> list[float]:
+    """Softmax of one row of finite logits in float64."""
+    top = max(logits)
+    powers = [math.exp(x - top) for x in logits]
+    total = sum(powers)
+    return [x / total for x in powers]
+
+
+def sigmoid(x: float) -> float:
+    """The logistic function in float64 without overflow."""
+    if x >= 0.0:
+        return 1.0 / (1.0 + math.exp(-x))
+    return math.exp(x) / (1.0 + math.exp(x))
+
+
+def router(
+    logits: np.ndarray,
+    k: int,
+    *,
+    scoring: str = "softmax",
+    bias: np.ndarray | None = None,
+    n_groups: int | None = None,
+    best_groups: int | None = None,
+    renormalize: bool = True,
+    scale: float = 1.0,
+) -> Scored:
+    """A model's router on finite logits: softmax or sigmoid, optional bias and group limit.
+
+    The correction bias takes part in choosing, never in the weights.  With a group limit only
+    the experts of the best groups may be chosen: a group counts by its best score when there is
+    no bias and by the sum of its two best biased scores when there is one.  The others score
+    -inf; their gate is what they would weigh, though the model never chooses them.
+    """
+    n_rows, n_experts = logits.shape
+    scores = np.zeros((n_rows, n_experts), dtype=np.float64)
+    gates = np.zeros((n_rows, n_experts), dtype=np.float64)
+    ids = np.zeros((n_rows, k), dtype=np.int64)
+    weights = np.zeros((n_rows, k), dtype=np.float64)
+    for b in range(n_rows):
+        row = [float(x) for x in logits[b]]
+        gate = softmax_row(row) if scoring == "softmax" else [sigmoid(x) for x in row]
+        score = list(row)  # both maps are monotone, so the logits rank the experts exactly
+        if bias is not None:
+            score = [gate[j] + float(bias[j]) for j in range(n_experts)]
+        if n_groups is not None and best_groups is not None:
+            size = n_experts // n_groups
+            group_score: list[float] = []
+            for g in range(n_groups):
+                members = sorted(score[g * size : (g + 1) * size], reverse=True)
+                group_score.append(members[0] if bias is None else sum(members[:2]))
+            kept = in_rank_order(list(range(n_groups)), group_score)[:best_groups]
+            for j in range(n_experts):
+                if j // size not in kept:
+                    score[j] = -math.inf
+        chosen = in_rank_order(list(range(n_experts)), score)[:k]
+        total = sum(gate[j] for j in chosen)
+        for j in range(n_experts):
+            scores[b, j] = score[j]
+            gates[b, j] = gate[j]
+        for t, j in enumerate(chosen):
+            ids[b, t] = j
+            weight = gate[j] / total if renormalize else gate[j]
+            weights[b, t] = weight * scale
+    return Scored(scores, gates, ids, weights)

@@ -1,0 +1,303 @@
+"""Similarity artifacts: what is saved comes back, and what is unusable is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sglang_moe_routing.artifacts import (
+    FORMAT,
+    FORMAT_VERSION,
+    METRICS,
+    SimilarityArtifact,
+    load_artifact,
+    save_artifact,
+)
+from sglang_moe_routing.errors import ArtifactError, RoutingError
+
+N = 4
+GOOD_METADATA = {
+    "format": FORMAT,
+    "format_version": str(FORMAT_VERSION),
+    "metric": "frobenius",
+    "model": "tiny",
+    "details": "{}",
+}
+
+
+def matrix(dtype: torch.dtype = torch.float32, seed: int = 0, size: int = N) -> Tensor:
+    """A symmetric matrix in [0, 1] with diagonal 1."""
+    half = torch.rand(size, size, generator=torch.Generator().manual_seed(seed))
+    return ((half + half.T) / 2).fill_diagonal_(1.0).to(dtype)
+
+
+def changed(row: int, column: int, value: float, both: bool = True) -> Tensor:
+    """A good matrix with one entry, and unless told otherwise its mirror image, replaced."""
+    made = matrix()
+    made[row, column] = value
+    if both:
+        made[column, row] = value
+    return made
+
+
+def artifact(matrices: dict[int, Tensor] | None = None, **more: Any) -> SimilarityArtifact:
+    fields: dict[str, Any] = {"metric": "frobenius", "model": "tiny", **more}
+    return SimilarityArtifact(matrices={0: matrix()} if matrices is None else matrices, **fields)
+
+
+def write(path: Path, tensors: dict[str, Tensor] | None = None, **metadata: str | None) -> Path:
+    """A safetensors file with good metadata except for what is given; None leaves a key out."""
+    merged = {**GOOD_METADATA, **metadata}
+    kept = {key: value for key, value in merged.items() if value is not None}
+    save_file({"similarity.0": matrix()} if tensors is None else tensors, str(path), kept)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "similarity.safetensors"
+
+
+# --- round trip --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_is_saved_is_loaded(path: Path, metric: str, dtype: torch.dtype) -> None:
+    """Matrices come back bit for bit in their dtype, with metric, model and details."""
+    details = {"tokens": 51200, "data": "c4", "nested": {"list": [1, 2.5, None, "ü"]}}
+    matrices = {7: matrix(dtype, 1), 0: matrix(dtype, 2), 12: matrix(dtype, 3)}
+    save_artifact(artifact(matrices, metric=metric, details=details), path)
+    got = load_artifact(str(path))
+    assert (got.metric, got.model, got.details) == (metric, "tiny", details)
+    assert got.layers == [0, 7, 12]
+    assert got.num_experts == N
+    for layer, made in matrices.items():
+        assert got.matrices[layer].dtype == dtype
+        assert torch.equal(got.matrices[layer], made)
+
+
+def test_a_loaded_artifact_carries_the_digest_of_its_file(path: Path) -> None:
+    """The digest is the file's sha256; an artifact made in memory has none."""
+    made = artifact()
+    save_artifact(made, path)
+    assert made.sha256 == ""
+    assert load_artifact(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_file_can_be_read_with_safetensors_alone(path: Path) -> None:
+    """Tensor names and metadata are as documented, for other tools."""
+    save_artifact(artifact({3: matrix()}), path)
+    with safe_open(str(path), framework="pt") as file:
+        assert list(file.keys()) == ["similarity.3"]
+        assert file.metadata() == GOOD_METADATA
+
+
+def test_transposed_and_sliced_matrices_can_be_saved(path: Path) -> None:
+    """Views into a larger tensor are written as matrices of their own."""
+    stack = torch.stack((matrix(seed=1), matrix(seed=2)))
+    save_artifact(artifact({0: stack[0].T, 1: stack[1]}), path)
+    got = load_artifact(path)
+    assert torch.equal(got.matrices[0], stack[0].T)
+    assert torch.equal(got.matrices[1], stack[1])
+
+
+def test_two_layers_may_share_one_matrix(path: Path) -> None:
+    """The same tensor given for two layers is written for both."""
+    shared = matrix()
+    save_artifact(artifact({0: shared, 1: shared}), path)
+    got = load_artifact(path)
+    assert torch.equal(got.matrices[0], shared)
+    assert torch.equal(got.matrices[1], shared)
+
+
+def test_the_routed_metric_may_be_asymmetric_and_below_zero(path: Path) -> None:
+    """A routed matrix need not be symmetric and may fall far below 0."""
+    routed = changed(1, 2, -37.5, both=False)
+    save_artifact(artifact({0: routed}, metric="routed"), path)
+    assert torch.equal(load_artifact(path).matrices[0], routed)
+
+
+def test_rounding_to_float16_is_forgiven(path: Path) -> None:
+    """A matrix that is off by float16 rounding alone is not refused."""
+    rounded = matrix().half()
+    rounded[0, 0] = 1.001
+    rounded[1, 2] += 0.0005
+    rounded[2, 3] = rounded[3, 2] = -0.0005
+    save_artifact(artifact({0: rounded}), path)
+    assert torch.equal(load_artifact(path).matrices[0], rounded)
+
+
+# --- refusals of both --------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+
+BAD_MATRICES = {
+    "bfloat16": (matrix(torch.bfloat16), "frobenius", "dtype is torch.bfloat16, expected"),
+    "float64": (matrix(torch.float64), "frobenius", "dtype is torch.float64, expected"),
+    "integers": (torch.eye(N).int(), "frobenius", "dtype is torch.int32, expected"),
+    "wide": (torch.ones(N, N + 1), "frobenius", r"shape is \(4, 5\), expected \(4, 4\)"),
+    "small": (matrix(size=3), "frobenius", r"shape is \(3, 3\), expected \(4, 4\)"),
+    "vector": (torch.ones(N), "frobenius", r"shape is \(4,\), expected \(4, 4\)"),
+    "cube": (torch.ones(N, N, 1), "frobenius", r"shape is \(4, 4, 1\), expected \(4, 4\)"),
+    "NaN": (changed(0, 1, NAN), "frobenius", "has NaN or infinite values"),
+    "infinite": (changed(0, 1, -INF), "routed", "has NaN or infinite values"),
+    "below 0": (
+        changed(0, 1, -0.01),
+        "frobenius",
+        r"values span \[-0.01, 1\], expected \[0.0, 1.0\]",
+    ),
+    "above 1": (changed(0, 1, 1.01), "cosine", r"values span .*1.01\], expected \[0.0, 1.0\]"),
+    "routed above 1": (
+        changed(0, 1, 1.01),
+        "routed",
+        r"values span .*1.01\], expected \[-inf, 1.0\]",
+    ),
+    "diagonal": (changed(2, 2, 0.5), "cka", "diagonal is off 1 by 0.5"),
+    "routed diagonal": (changed(2, 2, 0.0), "routed", "diagonal is off 1 by 1"),
+    "asymmetric": (
+        changed(1, 2, 0.0, both=False),
+        "frobenius",
+        "asymmetric by 0.*, but its metric is symmetric",
+    ),
+    "asymmetric weights": (changed(1, 2, 0.0, both=False), "weights", "asymmetric by"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MATRICES)
+def test_an_unusable_matrix_is_refused_on_load_and_on_save(path: Path, case: str) -> None:
+    """A bad matrix in any layer is refused by file and tensor name, and nothing is written."""
+    bad, metric, message = BAD_MATRICES[case]
+    where = rf"{path.name}: similarity\.9: {message}"
+    with pytest.raises(ArtifactError, match=where):
+        save_artifact(artifact({0: matrix(), 9: bad}, metric=metric), path)
+    assert not path.exists()
+    write(path, {"similarity.0": matrix(), "similarity.9": bad}, metric=metric)
+    with pytest.raises(ArtifactError, match=where):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.ones(0, 0)], ids=["scalar", "empty"])
+def test_a_matrix_without_experts_is_refused(path: Path, bad: Tensor) -> None:
+    """A scalar or an empty matrix as the first layer is refused like any other wrong shape."""
+    with pytest.raises(ArtifactError, match=rf"{path.name}: similarity\.0: "):
+        save_artifact(artifact({0: bad}), path)
+    write(path, {"similarity.0": bad})
+    with pytest.raises(ArtifactError, match=rf"{path.name}: similarity\.0: "):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize("metric", ["", "euclid", "Frobenius"])
+def test_an_unknown_metric_is_refused_with_the_known_ones(path: Path, metric: str) -> None:
+    """The message names the file, the metric and every metric there is."""
+    message = rf"{path.name}: unknown metric '{metric}'; known: {', '.join(METRICS)}"
+    with pytest.raises(ArtifactError, match=message):
+        save_artifact(artifact(metric=metric), path)
+    write(path, metric=metric)
+    with pytest.raises(ArtifactError, match=message):
+        load_artifact(path)
+
+
+def test_an_artifact_without_matrices_is_refused(path: Path) -> None:
+    """There has to be at least one layer."""
+    with pytest.raises(ArtifactError, match=f"{path.name}: holds no similarity matrix"):
+        save_artifact(artifact({}), path)
+    write(path, {})
+    with pytest.raises(ArtifactError, match=f"{path.name}: holds no similarity matrix"):
+        load_artifact(path)
+
+
+# --- refusals of load --------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_refused(path: Path) -> None:
+    """The message says that there is no such file."""
+    with pytest.raises(ArtifactError, match=f"{path.name}: no such similarity artifact"):
+        load_artifact(path)
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    """A folder is not an artifact."""
+    with pytest.raises(ArtifactError, match=tmp_path.name):
+        load_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor file at all", b"\xff" * 64])
+def test_a_file_of_something_else_is_refused(path: Path, content: bytes) -> None:
+    """Bytes that are no safetensors file are refused by the file's name."""
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{path.name}: not a readable safetensors file"):
+        load_artifact(path)
+
+
+def test_a_truncated_file_is_refused(path: Path) -> None:
+    """Half a download is refused."""
+    save_artifact(artifact(), path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ArtifactError, match=f"{path.name}: not a readable safetensors file"):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("format", None), ("format", "pt"), ("format_version", None), ("format_version", "2")],
+)
+def test_a_foreign_format_is_refused(path: Path, key: str, value: str | None) -> None:
+    """Another format or version is refused with what was found and what was expected."""
+    write(path, None, **{key: value})
+    with pytest.raises(
+        ArtifactError, match=rf"{path.name}: format is .*{value!r}.*, expected '{FORMAT}' version 1"
+    ):
+        load_artifact(path)
+
+
+def test_a_safetensors_file_without_metadata_is_refused(path: Path) -> None:
+    """A plain weights file is not taken for an artifact."""
+    save_file({"similarity.0": matrix()}, str(path))
+    with pytest.raises(ArtifactError, match=f"{path.name}: format is None"):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["similarity", "similarity.", "similarity.x", "similarity.-1", "similarity.1.0", "w.1"]
+)
+def test_a_foreign_tensor_is_refused(path: Path, name: str) -> None:
+    """A tensor that is not 'similarity.<layer id>' is refused by its name."""
+    write(path, {"similarity.0": matrix(), name: matrix()})
+    with pytest.raises(ArtifactError, match=rf"{path.name}: unexpected tensor '{name}'"):
+        load_artifact(path)
+
+
+def test_two_tensors_for_one_layer_are_refused(path: Path) -> None:
+    """'similarity.1' and 'similarity.01' cannot both be layer 1."""
+    write(path, {"similarity.1": matrix(seed=1), "similarity.01": matrix(seed=2)})
+    with pytest.raises(ArtifactError, match=rf"{path.name}: .*similarity\.0?1"):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize("details", ["", "{", "[1]", "3", "null"])
+def test_details_that_are_no_json_object_are_refused(path: Path, details: str) -> None:
+    """Provenance has to be a JSON object; anything else is refused by the file's name."""
+    write(path, details=details)
+    with pytest.raises(ArtifactError, match=path.name):
+        load_artifact(path)
+
+
+def test_model_and_details_may_be_missing(path: Path) -> None:
+    """Provenance is optional in a file made by another tool."""
+    write(path, model=None, details=None)
+    got = load_artifact(path)
+    assert (got.model, got.details) == ("", {})
+
+
+def test_artifact_errors_are_routing_errors_and_value_errors() -> None:
+    """Callers may catch an ArtifactError as either of its bases."""
+    assert issubclass(ArtifactError, RoutingError)
+    assert issubclass(ArtifactError, ValueError)
