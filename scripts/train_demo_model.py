@@ -437,9 +437,9 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0, bos_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    edit_json(
-        folder / "config.json", {"num_experts": 64, "rope_theta": 10000.0}, "num_local_experts"
-    )
+    rope_theta = model.config.rope_parameters["rope_theta"]
+    config = {"num_experts": model.config.num_experts, "rope_theta": rope_theta}
+    edit_json(folder / "config.json", config, "num_local_experts")
     tokenizer_class = {"tokenizer_class": "PreTrainedTokenizerFast"}
     edit_json(folder / "tokenizer_config.json", tokenizer_class, "backend")
     for path in folder.iterdir():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -43,14 +42,9 @@ def has_accelerator() -> bool:
 
 
 def server_command(model: str, flags: Sequence[str] = ()) -> list[str]:
-    """Arguments that start SGLang's own server."""
-    script = Path(sys.executable).with_name("sglang")
-    sglang = str(script) if script.exists() else shutil.which("sglang")
-    if sglang is None:
-        raise EngineError(
-            f"no sglang command found; run: pip install sglang=={names.SGLANG_VERSION}"
-        )
-    return [sglang, "serve", "--model-path", model, *flags]
+    """Arguments that run ``sglang serve`` under this very Python."""
+    program = "from sglang.cli.main import main; main()"
+    return [sys.executable, "-c", program, "serve", "--model-path", model, *flags]
 
 
 def server_environment(

@@ -115,6 +115,9 @@ def _describe(
 ) -> str:
     """One line: ``line: key.path: what is wrong and what would be right``."""
     loc = list(error["loc"])
+    is_key = loc[-1:] == ["[key]"]
+    if is_key:
+        loc.pop()
     if len(loc) > 2 and loc[0] == "policies":  # drop the union tag that pydantic inserts
         kind = str(loc.pop(2))
         known_fields = _fields(registry[kind], loc[2:-1])
@@ -133,6 +136,8 @@ def _describe(
         message = f"{found}; known: {', '.join(registry)}"
     elif error["type"] == "missing":
         message = "missing; this key is required"
+    elif is_key:
+        message = f"not a valid key: {message}"
     elif error["type"] != "value_error":
         message = f"{message}, got {value!r}"
     if error["type"] == "value_error" and not loc:

@@ -226,7 +226,7 @@ def graphed(start: Callable[..., Any], config: Path) -> Iterator[Running]:
         "--cuda-graph-backend-prefill",
         "disabled",
         "--cuda-graph-bs-decode",
-        *"1 2 4 8 16".split(),
+        *("1", "2", "4", "8", "16"),
     )
     with start(config, *flags, SGLANG_MOE_ROUTING_EMULATE_GRAPHS="1") as running:
         yield running

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from ...config import BODY_KEY, VANILLA
@@ -21,7 +22,7 @@ from ..selecting import forget_selection, select_policies
 
 
 def before(self: Any, obj: Any, request: Any = None) -> None:
-    if not isinstance(obj, GenerateReqInput):
+    if not isinstance(obj, GenerateReqInput) or _is_health_check(obj):
         forget_selection(request)
         return
     names = select_policies(obj.sampling_params, request)
@@ -32,6 +33,10 @@ def before(self: Any, obj: Any, request: Any = None) -> None:
     items = given if isinstance(given, list) else [given]
     marked = [_mark(item, name) for item, name in zip(items, names, strict=True)]
     obj.sampling_params = marked if isinstance(given, list) else marked[0]
+
+
+def _is_health_check(obj: GenerateReqInput) -> bool:
+    return isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX)
 
 
 def _mark(sampling_params: dict[str, Any] | None, name: str) -> dict[str, Any]:

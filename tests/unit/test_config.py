@@ -1,0 +1,187 @@
+"""Routing configs: what is accepted, and how every mistake is reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sglang_moe_routing.config import LoadedConfig, bundled_config, json_schema, load_config
+from sglang_moe_routing.errors import ConfigError
+from sglang_moe_routing.policies import OEA, SERE, Vanilla, builtin_registry
+
+ROOT = Path(__file__).parents[2]
+READY_MADE = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def load(tmp_path: Path, text: str) -> LoadedConfig:
+    path = tmp_path / "routing.yaml"
+    path.write_text(text)
+    return load_config(path, builtin_registry())
+
+
+def problem(tmp_path: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / "routing.yaml"))
+    return message.replace(f"{tmp_path}/", "")
+
+
+def test_ready_made_configs_are_the_announced_ones() -> None:
+    names = {path.stem for path in READY_MADE}
+    assert names == {"default", "oea", "sere", "mixed", "qwen3-30b-a3b"}
+
+
+@pytest.mark.parametrize("path", READY_MADE, ids=lambda path: path.stem)
+def test_ready_made_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERE_ARTIFACT", "similarity.safetensors")
+    loaded = load_config(path)
+    assert loaded.config.names[0] == "vanilla"
+    assert len(loaded.config.names) > 1
+    assert bundled_config(path.name) == path
+
+
+def test_vanilla_always_exists_with_id_0(tmp_path: Path) -> None:
+    config = load(tmp_path, "version: 1\npolicies: {a: {kind: oea, k0: 3}}").config
+    assert config.names == ("vanilla", "a")
+    assert config.definitions == (Vanilla(), OEA(k0=3))
+    assert config.choosable == ("vanilla", "a")
+
+
+def test_listed_vanilla_keeps_id_0(tmp_path: Path) -> None:
+    text = "version: 1\npolicies: {a: {kind: topk, k0: 3}, vanilla: {kind: vanilla}}"
+    assert load(tmp_path, text).config.names == ("vanilla", "a")
+
+
+def test_schedules_and_engagement_are_read(tmp_path: Path) -> None:
+    text = """
+version: 1
+policies:
+  a:
+    kind: oea
+    k0: {default: 3, rows: {4: 5}, layers: {"0-1,7": 6}}
+    engage: {phase: all, min_rows: 2, max_rows: 64, layers: [0, "2-4"]}
+"""
+    policy = load(tmp_path, text).config.policies["a"]
+    assert isinstance(policy, OEA)
+    assert [policy.k0.value(3, n) for n in (1, 4, 100)] == [3, 5, 5]
+    assert [policy.k0.value(layer, 100) for layer in (0, 1, 7)] == [6, 6, 6]
+    assert policy.engage.layers == (0, 2, 3, 4)
+    assert policy.engage.covers(2, 64)
+    assert not policy.engage.covers(2, 65)
+    assert not policy.engage.covers(1, 2)
+
+
+def test_artifact_paths_are_relative_to_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WHERE", "sub/folder")
+    text = """
+version: 1
+similarity: {a: "${WHERE}/x.safetensors", b: /abs/y.safetensors}
+policies: {s: {kind: sere, num_primary: 2, similarity: a}}
+"""
+    loaded = load(tmp_path, text)
+    assert loaded.similarity_paths == {
+        "a": tmp_path / "sub/folder/x.safetensors",
+        "b": Path("/abs/y.safetensors"),
+    }
+    assert loaded.config.artifact_of("s") == "a"
+    assert isinstance(loaded.config.policies["s"], SERE)
+
+
+SERE_POLICY = "policies: {s: {kind: sere, num_primary: 2}}"
+
+PROBLEMS = {
+    "polices: {}": "routing.yaml:2: polices: unknown key, did you mean 'policies'?",
+    "zzz: 1": "routing.yaml:2: zzz: unknown key, known: version, default, header,",
+    "policies: {a: {kind: oea, k00: 3, k0: 1}}": (
+        "routing.yaml:2: policies.a.k00: unknown key, did you mean 'k0'?"
+    ),
+    "policies: {a: {kind: oea}}": "routing.yaml:2: policies.a.k0: missing",
+    "policies: {a: {kind: seer, k0: 1}}": (
+        "routing.yaml:2: policies.a.kind: 'seer' is not a policy kind; "
+        "known: oea, sere, topk, vanilla"
+    ),
+    "policies: {a: {k0: 1}}": "routing.yaml:2: policies.a.kind: missing; known: oea,",
+    "policies:\n  a: {kind: oea, k0: 0}": (
+        "routing.yaml:3: policies.a.k0.default: Input should be greater than or equal to 1, got 0"
+    ),
+    "policies: {a: {kind: oea, k0: true}}": "Input should be a valid integer, got True",
+    "policies: {a: {kind: oea, k0: three}}": "Input should be a valid integer, got 'three'",
+    "policies: {a: {kind: oea, k0: 3, p: 0}}": "policies.a.p: Input should be greater than 0",
+    "policies: {a: {kind: oea, k0: 3, p: .nan}}": "policies.a.p: ",
+    "policies: {a: {kind: oea, k0: {default: 3, rows: {0: 1}}}}": "policies.a.k0.rows.0: not a valid key",
+    "policies: {a: {kind: oea, k0: {default: 3, rwos: {4: 1}}}}": (
+        "policies.a.k0.rwos: unknown key, did you mean 'rows'?"
+    ),
+    "policies: {a: {kind: oea, k0: {default: 3, layers: {x: 1}}}}": (
+        "policies.a.k0.layers: 'x' is not a layer id or a range such as 0-3"
+    ),
+    "policies: {a: {kind: oea, k0: {default: 3, layers: {0-2: 1, 2-3: 1}}}}": (
+        "layer 2 is given twice"
+    ),
+    "policies: {a: {kind: oea, k0: 3, engage: {min_rows: 9, max_rows: 2}}}": (
+        "policies.a.engage: max_rows (2) is below min_rows (9)"
+    ),
+    "policies: {a: {kind: oea, k0: 3, engage: {phase: prefill}}}": (
+        "policies.a.engage.phase: Input should be 'decode' or 'all', got 'prefill'"
+    ),
+    "policies: {'two words': {kind: oea, k0: 3}}": "policies.two words: not a valid key: String should match pattern",
+    "policies: {vanilla: {kind: oea, k0: 3}}": "the name 'vanilla' is reserved",
+    "default: fast": "routing.yaml:2: default: 'fast' is not a policy; known: vanilla",
+    "clients_may_choose: [fast]": "clients_may_choose: 'fast' is not a policy",
+    "header: 'X Y'": "routing.yaml:2: header: ",
+    "prefix_cache: none": "prefix_cache: Input should be 'isolated' or 'shared', got 'none'",
+    "statistics: 1": "statistics: Input should be a valid boolean, got 1",
+    SERE_POLICY: "policies.s.similarity: name one of the similarity artifacts; known: none",
+    SERE_POLICY + "\nsimilarity: {a: x, b: y}": "known: a, b",
+    "policies: {s: {kind: sere, num_primary: 2, similarity: c}}\nsimilarity: {a: x}": (
+        "'c' is not in the top-level 'similarity' section; known: a"
+    ),
+    "similarity: {a: '${NO_SUCH_VARIABLE}/x'}": (
+        "routing.yaml:2: similarity.a: environment variable NO_SUCH_VARIABLE in "
+        "'${NO_SUCH_VARIABLE}/x' is not set"
+    ),
+    "default: a\ndefault: b": "routing.yaml:3: not valid YAML: key 'default' is given twice",
+    "default: [": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("text", PROBLEMS)
+def test_mistakes_name_place_value_and_remedy(tmp_path: Path, text: str) -> None:
+    assert PROBLEMS[text] in problem(tmp_path, f"version: 1\n{text}")
+
+
+def test_every_mistake_is_listed(tmp_path: Path) -> None:
+    message = problem(tmp_path, "version: 2\ndefalt: x\npolicies: {a: {kind: oea, k0: 0}}")
+    assert len(message.splitlines()) == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", "just text", "policies: {}"])
+def test_file_without_a_version_is_refused(tmp_path: Path, text: str) -> None:
+    problem(tmp_path, text)
+
+
+def test_missing_file_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none.yaml: cannot read the routing config: No such"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_schema_describes_every_key() -> None:
+    schema = json_schema(builtin_registry())
+    assert set(schema["properties"]) == {
+        "version",
+        "default",
+        "header",
+        "clients_may_choose",
+        "prefix_cache",
+        "statistics",
+        "similarity",
+        "policies",
+    }
+    assert {"OEA", "SERE", "TopK", "Vanilla", "Engagement"} <= set(schema["$defs"])
+    for name in ("OEA", "SERE", "TopK", "Engagement"):
+        for key, field in schema["$defs"][name]["properties"].items():
+            assert key == "kind" or field.get("description"), f"{name}.{key} is not described"

@@ -1,0 +1,85 @@
+"""Header, body field and model alias against the config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_moe_routing.config import choose, model_for, split_alias
+from sglang_moe_routing.errors import RoutingRequestError
+from sglang_moe_routing.policies import builtin_registry
+
+CONFIG = model_for(builtin_registry()).model_validate(
+    {
+        "version": 1,
+        "default": "base",
+        "clients_may_choose": ["vanilla", "fast"],
+        "policies": {
+            "base": {"kind": "oea", "k0": 5},
+            "fast": {"kind": "oea", "k0": 3},
+            "private": {"kind": "topk", "k0": 1},
+        },
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "base"),
+        ({"headers": ["fast"]}, "fast"),
+        ({"headers": [" fast "]}, "fast"),
+        ({"headers": ["base"]}, "base"),
+        ({"body": "vanilla"}, "vanilla"),
+        ({"alias": "fast"}, "fast"),
+        ({"headers": ["fast"], "body": "fast", "alias": "fast"}, "fast"),
+    ],
+)
+def test_choice(given: dict[str, Any], expected: str) -> None:
+    assert choose(CONFIG, **given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"headers": ["nope"]}, "unknown MoE routing policy 'nope' in header X-MoE-Routing-Policy"),
+        ({"headers": ["private"]}, "'private' in header .* may not be chosen by clients"),
+        ({"headers": ["fast", "fast"]}, "given 2 times"),
+        ({"headers": [""]}, "malformed .* '' in header"),
+        ({"headers": ["fast,base"]}, "malformed"),
+        ({"headers": ["x" * 65]}, "malformed"),
+        ({"body": 3}, "malformed MoE routing policy 3 in body field custom_params"),
+        ({"body": ""}, "malformed"),
+        ({"alias": ""}, "malformed .* in model alias"),
+        ({"headers": ["fast"], "body": "vanilla"}, "header .* says 'fast', body .* 'vanilla'"),
+        ({"alias": "fast", "body": "vanilla"}, "contradictory"),
+    ],
+)
+def test_refusal(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RoutingRequestError, match=message) as caught:
+        choose(CONFIG, **given)
+    if "given 2" not in message and "says" not in message and "contra" not in message:
+        assert str(caught.value).endswith("available: vanilla, base, fast")
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("llm", ("llm", None)),
+        ("llm@fast", ("llm", "fast")),
+        ("llm@nope", ("llm", "nope")),
+        ("llm:adapter@fast", ("llm:adapter", "fast")),
+        ("other@fast", ("other", "fast")),
+        ("other@nope", ("other@nope", None)),
+        ("llm@", ("llm", "")),
+        ("s3://bucket@eu/model", ("s3://bucket@eu/model", None)),
+    ],
+)
+def test_alias(model: str, expected: tuple[str, str | None]) -> None:
+    assert split_alias(CONFIG, model, "llm") == expected
+
+
+def test_served_name_with_an_at_sign_is_not_split() -> None:
+    assert split_alias(CONFIG, "llm@fast", "llm@fast") == ("llm@fast", None)
+    assert split_alias(CONFIG, "llm@fast@base", "llm@fast") == ("llm@fast", "base")
