@@ -42,15 +42,15 @@ _SIZES: Mapping[str, Any] = {
 }
 _DEEPSEEK: Mapping[str, Any] = {
     **_SIZES,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 2,
     "intermediate_size": 128,
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
-    "kv_lora_rank": 64,
+    "kv_lora_rank": 256,  # with the next but one: a pair that the Triton attention knows
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
+    "qk_rope_head_dim": 32,
     "v_head_dim": 32,
-    "head_dim": 16,  # transformers rotates this many dimensions
+    "head_dim": 32,  # transformers rotates this many dimensions
     "n_routed_experts": 16,
     "num_experts_per_tok": 4,
     "n_group": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..artifacts import SimilarityArtifact
 from ..errors import ArtifactError, EngineError, PolicyError
 from ..policies import Router, build_table
+from . import environment
 from .hooks.topk import LAYER
 from .runtime import Layer, Runtime
 
@@ -24,10 +26,12 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     """Opt every routed MoE layer of the loaded model in.
 
     Raises:
-        EngineError: the model has no routed layer that we can reach, or one that bypasses us.
+        EngineError: the platform is not supported, ranks disagree, or the model has no routed
+            layer that we can reach, or one that bypasses us.
         PolicyError: a policy does not fit the model.
         ArtifactError: a similarity artifact does not fit the model.
     """
+    _check_platform(torch.device(model_runner.device))
     _check_ranks_agree(runtime)
     server_args = model_runner.server_args
     routers = _routed_layers(model_runner.model)
@@ -39,6 +43,17 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
         setattr(topk.topk_config, LAYER, layer)
         layers.append(layer)
     runtime.attach(layers, torch.device(model_runner.device), _max_rows(server_args, model_runner))
+
+
+def _check_platform(device: torch.device) -> None:
+    """NVIDIA GPUs and the portable CPU platform; elsewhere other routers or kernels run."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return
+    if device.type == "cpu" and os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
+        return
+    remedy = f"; set SGLANG_PLATFORM={environment.PLATFORM}" if device.type == "cpu" else ""
+    name = "rocm" if torch.version.hip else device.type
+    raise EngineError(f"routing policies are not supported on this {name} platform{remedy}")
 
 
 def _check_ranks_agree(runtime: Runtime) -> None:

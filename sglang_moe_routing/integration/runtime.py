@@ -137,8 +137,11 @@ class Runtime:
         self.num_calls = 0
         try:
             yield
-            if self.num_calls == 0:
-                raise EngineError("no MoE layer asked for its routing while graphs were captured")
+            if self.num_calls == 0 or self.num_calls % len(self.layers):
+                raise EngineError(
+                    f"{self.num_calls} routing calls of {len(self.layers)} MoE layers while "
+                    "graphs were captured: this model or MoE backend bypasses SGLang's TopK"
+                )
         finally:
             self.is_capturing = previous
             if self.statistics:

@@ -1,18 +1,111 @@
-"""The `demo` and `client` commands as a user runs them."""
+"""The commands as a user runs them, from a wheel installed outside the checkout."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import sysconfig
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
 
 from .conftest import Running
 
-COMMAND = [sys.executable, "-m", "sglang_moe_routing"]
+ROOT = Path(__file__).parents[2]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_demo_shows_the_saving_and_checks_the_routing() -> None:
-    run = subprocess.run([*COMMAND, "demo", "--json"], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from the checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """Runs ``sglang-moe-routing`` of the wheel, in a fresh virtual environment.
+
+    Dependencies come from this environment: SGLang's are 11 GB.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv/bin/python"
+    found = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    dependencies = Path(found.stdout.strip()) / "dependencies.pth"
+    dependencies.write_text(sysconfig.get_path("purelib") + "\n")
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True
+    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(folder / "venv/bin/sglang-moe-routing"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            check=False,
+        )
+
+    where = "import sglang_moe_routing; print(sglang_moe_routing.__file__)"
+    package = subprocess.run(
+        [python, "-c", where], check=True, capture_output=True, text=True, cwd=folder
+    )
+    assert package.stdout.startswith(str(folder)), package.stdout
+    return run
+
+
+def test_wheel_holds_everything_that_it_needs(wheel: Path) -> None:
+    names = set(ZipFile(wheel).namelist())
+    for wanted in (
+        "sglang_moe_routing/py.typed",
+        "sglang_moe_routing/configs/default.yaml",
+        "sglang_moe_routing/configs/schema.json",
+        "sglang_moe_routing/demo/demo.yaml",
+        "sglang_moe_routing/demo/similarity.safetensors",
+        "sglang_moe_routing/demo/model/model.safetensors",
+        "sglang_moe_routing/demo/model/README.md",
+    ):
+        assert wanted in names
+    assert not any(name.startswith("tests/") for name in names)
+    assert wheel.stat().st_size < 10e6
+
+
+def test_check_says_that_all_is_well(command: Command) -> None:
+    run = command("check", "--json")
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["ok"] is True
+    assert found["sglang"] == "0.5.23"
+    assert len(found["hooks"]) > 20
+    assert all(hook["ok"] for hook in found["hooks"])
+    assert found["config"]["policies"] == ["vanilla", "fast"]
+
+
+def test_check_names_what_is_wrong(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "routing.yaml"
+    path.write_text("version: 1\nsimilarity: {a: none.safetensors}\n")
+    run = command("check", "--json", "--routing-config", str(path))
+    assert run.returncode == 1
+    found = json.loads(run.stdout)
+    assert found["ok"] is False
+    assert "no such similarity artifact" in found["problems"][0]
+
+
+def test_demo_shows_the_saving_and_checks_the_routing(command: Command) -> None:
+    run = command("demo", "--json")
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout)
     policies = found["policies"]
@@ -29,38 +122,28 @@ def test_demo_shows_the_saving_and_checks_the_routing() -> None:
     mixed = found["mixed"]
     assert mixed["vanilla_identical"] is True
     assert mixed["violations"] == []
-    assert mixed["rows_checked"] == mixed["tokens"] * 4 - 16 * 4  # the first token is prefill's
+    assert mixed["rows_checked"] == 4 * (mixed["tokens"] - 16)  # prefill gives the first token
+    assert mixed["vanilla_rows_checked"] == mixed["rows_checked"] / 4
     assert set(mixed["policies"]) == set(policies)
 
 
-def test_client_compares_policies_on_a_running_server(served: Running) -> None:
-    options = ["--url", served.url, "--policies", "vanilla,oea-k3", "--max-tokens", "8", "--json"]
-    run = subprocess.run(
-        [*COMMAND, "client", *options], capture_output=True, text=True, check=False
-    )
+def test_client_compares_policies_on_a_running_server(served: Running, command: Command) -> None:
+    options = ["--url", served.url, "--policies", "vanilla,oea-k3", "--max-tokens", "8"]
+    run = command("client", *options, "--json")
     assert run.returncode == 0, run.stderr
     policies = json.loads(run.stdout)["policies"]
     assert policies["oea-k3"]["active_experts"] < policies["vanilla"]["active_experts"]
     assert policies["vanilla"]["tokens"] == 16 * 8
 
 
-def test_client_names_the_policies_that_there_are(served: Running) -> None:
-    options = ["--url", served.url, "--policies", "no-such"]
-    run = subprocess.run(
-        [*COMMAND, "client", *options], capture_output=True, text=True, check=False
-    )
+def test_client_names_the_policies_that_there_are(served: Running, command: Command) -> None:
+    run = command("client", "--url", served.url, "--policies", "no-such")
     assert run.returncode == 1
-    assert "policy 'no-such' is not served; available: vanilla, oea-k3" in " ".join(
-        run.stderr.split()
-    )
+    message = " ".join(run.stderr.split())
+    assert "policy 'no-such' is not served; available: vanilla, oea-k3" in message
 
 
-def test_client_says_when_nobody_answers() -> None:
-    run = subprocess.run(
-        [*COMMAND, "client", "--url", "http://127.0.0.1:9"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_client_says_when_nobody_answers(command: Command) -> None:
+    run = command("client", "--url", "http://127.0.0.1:9")
     assert run.returncode == 1
     assert "Is the server running there?" in " ".join(run.stderr.split())

@@ -38,7 +38,7 @@ def make_layer(dtype: torch.dtype, activation: str = "silu", bias: bool = False)
 
 def expected(layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     out = torch.zeros(x.shape, dtype=torch.float64)
-    act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}
+    act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.GELU(approximate="tanh")}
     for row in range(x.shape[0]):
         for weight, expert in zip(weights[row].tolist(), ids[row].tolist(), strict=True):
             if expert < 0 or weight == 0:
