@@ -235,9 +235,7 @@ def make_similarity(folder: Path, out: Path) -> Path:
         matrix = torch.rand(num_experts, num_experts, generator=generator)
         matrix = (matrix + matrix.T) / 2
         matrices[layer] = matrix.fill_diagonal_(1.0)
-    save_artifact(
-        SimilarityArtifact(matrices=matrices, metric="frobenius", model=folder.name), out
-    )
+    save_artifact(SimilarityArtifact(matrices=matrices, metric="frobenius", model=folder.name), out)
     return out
 
 

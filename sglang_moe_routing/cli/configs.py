@@ -39,7 +39,8 @@ def validate(
     if json:
         print_json({"ok": True, "file": str(file), "policies": list(loaded.config.names)})
     else:
-        console.print(f"{file}: ok; policies: {', '.join(loaded.config.names)}", highlight=False)
+        names = ", ".join(loaded.config.names)
+        console.print(f"{file}: ok; policies: {names}", highlight=False, soft_wrap=True)
 
 
 def policies(

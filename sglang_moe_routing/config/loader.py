@@ -143,8 +143,13 @@ def _describe(
     if error["type"] == "value_error" and not loc:
         where, _, message = message.partition(": ")  # our own checks lead with the key path
         return f"{_line(tree, where.split('.'))}: {where}: {message}"
-    where = ".".join(map(str, loc)) or "the file"
+    where = ".".join(map(_key, loc)) or "the file"
     return f"{_line(tree, loc)}: {where}: {message}"
+
+
+def _key(part: int | str) -> str:
+    """A key as it may be written: ranges of layers were parsed to tuples of ids."""
+    return re.sub(r"^\((\d+(, \d+)*),?\)$", r"\1", str(part)).replace(", ", ",")
 
 
 def _fields(model: Any, loc: Sequence[int | str]) -> list[str]:

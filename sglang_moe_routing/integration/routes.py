@@ -7,8 +7,8 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 
 from . import runtime
-from .hooks.internal_state import KEY
 from .selecting import PolicyHeaderMiddleware
+from .statistics import KEY
 
 router = APIRouter(tags=["moe routing"])
 

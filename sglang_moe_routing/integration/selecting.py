@@ -78,7 +78,7 @@ def select_early(sampling_params: Any, request: Any) -> None:
 
 
 def forget_selection(request: Any) -> None:
-    """Say nothing in the response: a request that generates nothing runs under no policy."""
+    """Say nothing in the response header: the request generates nothing."""
     _selection(request).applied = []
 
 

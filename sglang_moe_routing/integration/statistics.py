@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..policies import PAD, Rerouted, num_distinct
 
+KEY = "moe_routing"
+"""Where the counts stand in SGLang's internal state."""
+
 COLUMNS = ("calls", "rows", "active_experts", "active_experts_base")
 
 

@@ -140,8 +140,10 @@ class _ScheduleJson:
         schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
         full = handler(schema)
-        number = handler.resolve_ref_schema(full)["properties"]["default"]
-        return {"anyOf": [{k: v for k, v in number.items() if k != "title"}, full]}
+        properties = handler.resolve_ref_schema(full)["properties"]
+        number = {k: v for k, v in properties["default"].items() if k != "title"}
+        properties["layers"]["additionalProperties"] = number
+        return {"anyOf": [number, full]}
 
 
 class CountSchedule(Schedule[Annotated[int, Field(ge=1)]]):

@@ -14,7 +14,8 @@ class TopK(Policy):
     """Each token keeps its best `k0` experts and nothing else; weights are renormalised.
 
     The honest baseline of batch-aware policies (OEA, arXiv 2511.02237, "pruned"). It is the only
-    lossy policy whose routing does not depend on who shares the batch.
+    lossy policy whose routing of a token does not depend on what other tokens share the batch
+    (only on how many, if `k0` or `engage` say so).
     """
 
     kind: Literal["topk"] = "topk"

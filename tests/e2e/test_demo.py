@@ -46,9 +46,7 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
     )
     dependencies = Path(found.stdout.strip()) / "dependencies.pth"
     dependencies.write_text(sysconfig.get_path("purelib") + "\n")
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True
-    )
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

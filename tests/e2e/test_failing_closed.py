@@ -129,7 +129,7 @@ def test_unsupported_flags_stop_the_server_before_it_spawns_anything(tmp_path: P
 
 def test_policy_that_does_not_fit_the_model_stops_the_server(tmp_path: Path) -> None:
     status, output = failed_start(tmp_path, GOOD.replace("k0: 3", "k0: 9"))
-    assert status != 0
+    assert status == 78
     message = own_message(output)
     assert "policies.fast.k0: 9 exceeds the model's top_k of 8" in message
 
@@ -146,7 +146,7 @@ def test_artifact_of_another_model_stops_the_server(tmp_path: Path) -> None:
         "policies: {s: {kind: sere, num_primary: 2}}\n"
     )
     status, output = failed_start(tmp_path, config)
-    assert status != 0
+    assert status == 78
     assert "is for 16 experts, but layer 0 of this model has 64" in own_message(output)
 
 
@@ -160,5 +160,5 @@ def test_dense_model_stops_the_server(tmp_path: Path) -> None:
     config.architectures = ["Qwen3ForCausalLM"]
     transformers.Qwen3ForCausalLM(config).save_pretrained(model)
     status, output = failed_start(tmp_path, GOOD, model=model)
-    assert status != 0
+    assert status == 78
     assert "Qwen3ForCausalLM has no MoE layers that SGLang routes" in own_message(output)

@@ -119,6 +119,9 @@ PROBLEMS = {
     "policies: {a: {kind: oea, k0: {default: 3, layers: {x: 1}}}}": (
         "policies.a.k0.layers: 'x' is not a layer id or a range such as 0-3"
     ),
+    "policies: {a: {kind: oea, k0: {default: 3, layers: {0-1: x}}}}": (
+        "policies.a.k0.layers.0,1: Input should be a valid integer, got 'x'"
+    ),
     "policies: {a: {kind: oea, k0: {default: 3, layers: {0-2: 1, 2-3: 1}}}}": (
         "layer 2 is given twice"
     ),

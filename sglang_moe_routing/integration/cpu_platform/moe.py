@@ -60,7 +60,9 @@ def run_experts(layer: Any, hidden_states: Tensor, weights: Tensor, ids: Tensor)
     chunks = slots.split(counts.tolist())
     for expert, chunk in zip(experts.tolist(), chunks, strict=True):
         results[chunk] = _run_expert(layer, expert, hidden_states[chunk // top_k])
-    weighted = results.view(*ids.shape, hidden_states.shape[1]).to(weights.dtype) * weights.unsqueeze(-1)
+    weighted = results.view(*ids.shape, hidden_states.shape[1]).to(
+        weights.dtype
+    ) * weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 

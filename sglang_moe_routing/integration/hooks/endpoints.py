@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..hooking import Hook
-from ..selecting import select_early, take_alias
+from ..selecting import forget_selection, select_early, take_alias
 
 
 def before_handler(self: Any, request: Any, raw_request: Any = None) -> None:
@@ -23,6 +23,8 @@ def before_handler(self: Any, request: Any, raw_request: Any = None) -> None:
     if base != model:
         request.model = base
     select_early({"custom_params": getattr(request, "custom_params", None)}, raw_request)
+    if not hasattr(request, "stream"):  # embeddings, tokenize and the like generate nothing
+        forget_selection(raw_request)
 
 
 def before_anthropic(self: Any, request: Any, raw_request: Any) -> None:

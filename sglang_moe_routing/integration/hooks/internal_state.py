@@ -10,8 +10,7 @@ from typing import Any
 
 from .. import runtime
 from ..hooking import Hook
-
-KEY = "moe_routing"
+from ..statistics import KEY
 
 
 def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:

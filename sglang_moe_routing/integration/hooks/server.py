@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import RoutingError
+from ...errors import EngineError, RoutingError
+from ..environment import EXIT_CODE
 from ..hooking import Hook
 from ..plugin import fatal
 from ..refusals import refuse_unsupported
@@ -24,6 +25,10 @@ def around_launch_server(original: Callable[..., Any], *args: Any, **kwargs: Any
         return original(*args, **kwargs)
     except RoutingError as error:
         fatal(error)
+    except RuntimeError as error:
+        if f"exit code: {EXIT_CODE}" not in str(error):
+            raise
+        fatal(EngineError("a scheduler process refused to start; its message is above"))
 
 
 def before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:

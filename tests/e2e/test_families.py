@@ -1,0 +1,186 @@
+"""Every model family on the real server: mixed policies, each recorded call held to the oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from sglang_moe_routing.artifacts import load_artifact
+from sglang_moe_routing.bench.server import running_server
+from sglang_moe_routing.integration import environment
+from tests.recorded import check_call
+
+from .conftest import HEADER, Running
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_models.py"
+
+CONFIG = """
+version: 1
+similarity: {random: SIMILARITY}
+policies:
+  oea-k1: {kind: oea, k0: 1}
+  oea-p: {kind: oea, k0: 2, p: 0.3, k_max: 2}
+  topk-k1: {kind: topk, k0: 1}
+  sere-s1: {kind: sere, num_primary: 1, threshold: 0.6}
+"""
+
+ORACLE: dict[str, dict[str, Any]] = {
+    "vanilla": {"kind": "vanilla"},
+    "oea-k1": {"kind": "oea", "k0": 1},
+    "oea-p": {"kind": "oea", "k0": 2, "p": 0.3, "k_max": 2},
+    "topk-k1": {"kind": "topk", "k0": 1},
+    "sere-s1": {"kind": "sere", "S": 1, "rho": 0.6},
+}
+
+NUM_TOKENS = 8
+
+TRITON_ATTENTION = ("--attention-backend", "triton", "--triton-attention-num-kv-splits", "1")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a family needs to serve, and what router attaching to it must find.
+
+    Attributes:
+        layers: ids of its MoE layers.
+        router: entries of the recorded router.
+    """
+
+    layers: tuple[int, ...]
+    router: dict[str, Any]
+    flags: tuple[str, ...] = ()
+
+
+SOFTMAX = {"scoring": "softmax", "renormalize": True, "scale": 1.0, "bias": None, "num_groups": 1}
+GROUPS = {"num_groups": 4, "top_groups": 2}
+
+FAMILIES = {
+    "qwen3_moe": Expected((0, 1, 2), SOFTMAX),
+    "qwen2_moe": Expected((0, 1, 2), {**SOFTMAX, "renormalize": False}),
+    "mixtral": Expected((0, 1, 2), {**SOFTMAX, "top_k": 2}),
+    "olmoe": Expected((0, 1, 2), {**SOFTMAX, "renormalize": False}),
+    "glm4_moe": Expected((1, 2), {"scoring": "sigmoid", "renormalize": True, "num_groups": 1}),
+    "deepseek_v2": Expected(
+        (1, 2), {**SOFTMAX, **GROUPS, "renormalize": False}, flags=TRITON_ATTENTION
+    ),
+    "deepseek_v3": Expected(
+        (1, 2), {"scoring": "sigmoid", "renormalize": True, **GROUPS}, flags=TRITON_ATTENTION
+    ),
+    "gpt_oss": Expected(
+        (0, 1, 2), SOFTMAX, flags=(*TRITON_ATTENTION, "--moe-runner-backend", "triton")
+    ),
+}
+"""Latent attention (DeepSeek) and attention sinks (GPT-OSS) are beyond torch's attention backend."""
+
+BIASED = {"glm4_moe", "deepseek_v3"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A running server of one family."""
+
+    name: str
+    server: Running
+    similarity: dict[int, np.ndarray]
+
+    @property
+    def expected(self) -> Expected:
+        return FAMILIES[self.name]
+
+    def generate(self, policy: str) -> httpx.Response:
+        params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
+        body = {"text": f"Once upon a time under {policy}", "sampling_params": params}
+        return self.server.http.post("/generate", json=body, headers={HEADER: policy})
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Any:
+    """The script that writes tiny checkpoints."""
+    spec = importlib.util.spec_from_file_location("make_tiny_models", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(
+    request: pytest.FixtureRequest, scripts: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Family]:
+    """One server after the other, each on its own checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = scripts.make(request.param, folder / request.param)
+    artifact = scripts.make_similarity(model, folder / "similarity.safetensors")
+    config = folder / "routing.yaml"
+    config.write_text(CONFIG.replace("SIMILARITY", str(artifact)))
+    records = folder / "records"
+    matrices = load_artifact(artifact).matrices
+    with running_server(
+        model,
+        config=config,
+        flags=["--dtype", "float32", "--random-seed", "0", *FAMILIES[request.param].flags],
+        environment={"OMP_NUM_THREADS": "1", environment.RECORD: str(records)},
+        log=folder / "server.log",
+        cpu=True,
+    ) as server:
+        yield Family(
+            request.param,
+            Running(server, records),
+            {layer: matrix.float().numpy() for layer, matrix in matrices.items()},
+        )
+
+
+def test_mixed_policies_obey_the_oracle_on_every_family(family: Family) -> None:
+    policies = list(ORACLE) + ["vanilla"]
+    answers: list[httpx.Response] = []
+
+    def work() -> None:
+        with ThreadPoolExecutor(len(policies)) as pool:
+            answers.extend(pool.map(family.generate, policies))
+
+    calls = family.server.record(work)
+    for policy, answer in zip(policies, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        info = answer.json()["meta_info"]
+        assert info["moe_routing_policy"] == policy
+        assert info["completion_tokens"] == NUM_TOKENS
+
+    rows: Counter[str] = Counter()
+    rerouted: Counter[str] = Counter()
+    for call in calls:
+        check_call(call, ORACLE, family.similarity)
+        rows.update(call["rows"])
+        for name, base, final in zip(
+            call["rows"], call["base_ids"], call["final_ids"], strict=True
+        ):
+            rerouted[name] += base != final
+    assert tuple(sorted({call["layer"] for call in calls})) == family.expected.layers
+    num_rows = (NUM_TOKENS - 1) * len(family.expected.layers)  # prefill gives the first token
+    assert all(rows[name] == num_rows for name in ORACLE if name != "vanilla")
+    assert rows["vanilla"] >= num_rows
+    assert rerouted.pop("vanilla") == 0
+    assert all(rerouted[name] > 0 for name in ORACLE if name != "vanilla"), rerouted
+    assert any(len(set(call["rows"])) > 2 for call in calls), "no policies met in one batch"
+
+
+def test_attached_router_is_that_of_the_family(family: Family) -> None:
+    calls = family.server.record(lambda: family.generate("oea-k1"))
+    router = calls[0]["router"]
+    expected = family.expected.router
+    assert {name: router[name] for name in expected} == expected
+    assert router["num_experts"] == next(iter(family.similarity.values())).shape[0]
+    assert (router["bias"] is not None) == (family.name in BIASED)
+    if router["bias"]:
+        assert len(set(router["bias"])) == router["num_experts"]

@@ -1,0 +1,191 @@
+"""`make_router` against SGLang's own routers: same experts, same weights, family by family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+topk = pytest.importorskip("sglang.srt.layers.moe.topk")
+
+from sglang.srt.configs.shared_experts import SharedExpertsConfig  # noqa: E402
+
+import sglang_moe_routing.integration.hooks  # noqa: E402  # attach and hooks import each other
+from sglang_moe_routing.errors import EngineError  # noqa: E402
+from sglang_moe_routing.integration.attach import make_router  # noqa: E402
+
+NUM_ROWS = 64
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-7}  # float32 exponentials and a division
+
+SIGMOID = {"scoring_func": "sigmoid"}
+GROUPED = {"use_grouped_topk": True, "scoring_func": "softmax"}
+SCALED = {"routed_scaling_factor": 2.5}
+
+# TopK arguments as each family's model file gives them for its published checkpoints:
+# experts, experts per token, whether there is a correction bias, the rest.
+ROUTERS: dict[str, tuple[int, int, bool, dict[str, Any]]] = {
+    "qwen3_moe": (128, 8, False, {"renormalize": True}),
+    "qwen2_moe": (60, 4, False, {"renormalize": False}),
+    "mixtral": (8, 2, False, {"renormalize": True}),
+    "olmoe": (64, 8, False, {"renormalize": False}),
+    "gpt_oss": (32, 4, False, {"renormalize": True}),
+    "deepseek_v2_lite": (  # greedy: one group
+        64,
+        6,
+        False,
+        {**GROUPED, "num_expert_group": 1, "topk_group": 1, "renormalize": False},
+    ),
+    "deepseek_v2": (  # group-limited greedy
+        160,
+        6,
+        False,
+        {
+            **GROUPED,
+            "num_expert_group": 8,
+            "topk_group": 3,
+            "renormalize": False,
+            "routed_scaling_factor": 16.0,
+        },
+    ),
+    "deepseek_v3": (
+        256,
+        8,
+        True,
+        {**GROUPED, **SIGMOID, **SCALED, "num_expert_group": 8, "topk_group": 4},
+    ),
+    "kimi_k2": (
+        384,
+        8,
+        True,
+        {**GROUPED, **SIGMOID, **SCALED, "num_expert_group": 1, "topk_group": 1},
+    ),
+    "glm4_moe": (  # says softmax by omission; a biased grouped router is sigmoid all the same
+        128,
+        8,
+        True,
+        {**GROUPED, **SCALED, "num_expert_group": 1, "topk_group": 1},
+    ),
+    "minimax_m2": (256, 8, True, {**SIGMOID, "renormalize": True}),
+    "sigmoid": (64, 6, False, {**SIGMOID, "renormalize": True}),
+    "sigmoid groups": (
+        64,
+        6,
+        False,
+        {**GROUPED, **SIGMOID, "num_expert_group": 8, "topk_group": 2},
+    ),
+    "sqrtsoftplus": (256, 6, True, {"scoring_func": "sqrtsoftplus", **SCALED}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    """SGLang compiles its grouped routers, which takes long and needs a C++ compiler."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def make_config(name: str, **changes: Any) -> Any:
+    num_experts, top_k, has_bias, arguments = ROUTERS[name]
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(num_experts, generator=generator) * 0.1 if has_bias else None
+    settings = {
+        "top_k": top_k,
+        "correction_bias": bias,
+        "torch_native": True,  # as on the portable CPU platform
+        **arguments,
+        **changes,
+    }
+    return topk.TopKConfig(**settings)
+
+
+def route(config: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and weights of SGLang's router."""
+    hidden_states = logits.new_zeros(logits.shape[0], 4)
+    output = topk.select_experts(hidden_states, logits, config, layer_id=0)
+    return output.topk_ids.long(), output.topk_weights
+
+
+def make_logits(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(NUM_ROWS, ROUTERS[name][0], generator=generator) * 2).to(dtype)
+
+
+def check(config: Any, logits: Tensor, top_k: int) -> None:
+    """The engine's experts are the best by our scores; its weights are our gates."""
+    ids, weights = (column[:, :top_k] for column in route(config, logits))
+    router = make_router(config, "a test")
+    scores, gates = router.score(logits)
+
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, True)
+    worst_chosen = scores.masked_fill(~chosen, torch.inf).amin(dim=1)
+    best_left_out = scores.masked_fill(chosen, -torch.inf).amax(dim=1)
+    assert (chosen.sum(dim=1) == top_k).all()
+    assert (worst_chosen >= best_left_out).all()
+
+    expected = gates.gather(1, ids)
+    if router.renormalize:
+        expected = expected / expected.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(weights.float(), expected * router.scale, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_scores_and_gates_are_the_engines(name: str) -> None:
+    check(make_config(name), make_logits(name), ROUTERS[name][1])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_scaling_factor_counts_only_where_the_router_applies_it(name: str) -> None:
+    factor = {"routed_scaling_factor": 2.5}
+    plain = make_config(name, **factor)
+    fused = make_config(name, **factor, apply_routed_scaling_factor_on_output=True)
+    assert make_router(plain, "a test").scale == 1.0
+    assert make_router(fused, "a test").scale == 2.5
+    check(fused, make_logits(name), ROUTERS[name][1])
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_renormalisation_follows_the_config(name: str) -> None:
+    for renormalize in (False, True):
+        config = make_config(name, renormalize=renormalize)
+        check(config, make_logits(name), ROUTERS[name][1])
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
+def test_fused_shared_experts_leave_the_routed_columns_alone(name: str) -> None:
+    """The router appends the shared expert's column: ids and weights of the others stay."""
+    top_k = ROUTERS[name][1]
+    shared = SharedExpertsConfig(num_fused_shared_experts=1)
+    config = make_config(name, top_k=top_k + 1, shared_experts=shared)
+    ids, _ = route(config, make_logits(name))
+    assert ids.shape == (NUM_ROWS, top_k + 1)
+    assert (ids[:, top_k] >= ROUTERS[name][0]).all()
+    check(config, make_logits(name), top_k)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "deepseek_v2_lite"])
+def test_half_precision_logits_rank_as_the_engine_ranks_them(name: str) -> None:
+    """Routers without bias score bfloat16 logits in float32, with plenty of exact ties."""
+    check(make_config(name), make_logits(name, torch.bfloat16), ROUTERS[name][1])
+
+
+def custom(**_: Any) -> None:
+    """A routing function of a model's own."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"custom_routing_function": custom}, "a custom routing function"),
+        ({"fused_gate_packed_ids": True}, "packed expert ids"),
+        ({"correction_bias": torch.zeros(128)}, "softmax with a correction bias"),
+        ({"scoring_func": "relu"}, "scoring function 'relu'"),
+    ],
+)
+def test_routers_that_cannot_be_recomputed_are_refused(
+    changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(EngineError, match=f"layer 7: routers with {reason} are not supported"):
+        make_router(make_config("qwen3_moe", **changes), "layer 7")

@@ -1,0 +1,214 @@
+"""The documents say what the code says: symbols, refusals, commands, links and examples."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
+
+import pytest
+import typer.main
+import yaml
+
+from sglang_moe_routing.cli import app
+from sglang_moe_routing.config import load_config
+from sglang_moe_routing.integration import environment
+
+ROOT = Path(__file__).parents[2]
+INTEGRATION = ROOT / "sglang_moe_routing" / "integration"
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TESTED = re.compile(
+    r"<!-- tested(?:: (\S+))? -->\n```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.S
+)
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tables(text: str) -> Iterator[list[str]]:
+    """Cells of every table row."""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def first_cells(text: str) -> set[str]:
+    """Every name in backquotes in the first column of a table."""
+    return {name for row in tables(text) for name in re.findall(r"`([^`]+)`", row[0])}
+
+
+def section(text: str, heading: str) -> str:
+    """A section with its sub-sections, without its heading."""
+    level = heading.split()[0]
+    _, found, rest = text.partition(f"\n{heading}\n")
+    assert found, f"no section {heading!r}"
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of the headings, as code hosts make them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def hook_targets() -> set[str]:
+    """Targets of the `Hook(...)` calls in the sources, which import sglang."""
+    found = set()
+    for path in (INTEGRATION / "hooks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Hook":
+                (target,) = (k.value for k in node.keywords if k.arg == "target")
+                found.add(ast.literal_eval(target))
+    return found
+
+
+def refusals(table: str) -> dict[str, str]:
+    """Names of a table in refusals.py, with their reasons."""
+    for node in ast.parse((INTEGRATION / "refusals.py").read_text()).body:
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == table:
+            assert isinstance(node.value, ast.Dict)
+            return {
+                ast.literal_eval(key): ast.literal_eval(
+                    value.elts[1] if isinstance(value, ast.Tuple) else value
+                )
+                for key, value in zip(node.value.keys, node.value.values, strict=True)
+                if key is not None
+            }
+    raise AssertionError(f"{table} is not in refusals.py")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_architecture_lists_exactly_the_hooked_symbols() -> None:
+    assert len(hook_targets()) > 10
+    assert first_cells(section(read("architecture.md"), "## Hooked symbols")) == hook_targets()
+
+
+def test_limits_list_exactly_the_refused_flags() -> None:
+    flags = {f"--{name.replace('_', '-')}" for name in refusals("_FLAGS")}
+    listed = first_cells(section(read("limits.md"), "## Refused: server settings"))
+    assert {name for name in listed if name.startswith("--")} == flags
+
+
+def test_limits_list_exactly_the_refused_variables() -> None:
+    listed = first_cells(section(read("limits.md"), "## Refused: server settings"))
+    assert {name for name in listed if name.startswith("SGLANG")} == set(refusals("_VARIABLES"))
+
+
+@pytest.mark.parametrize("table", ["_FLAGS", "_VARIABLES"])
+def test_limits_give_the_reasons_of_the_code(table: str) -> None:
+    rows = {row[0].strip("`"): row[-1] for row in tables(read("limits.md"))}
+    for name, reason in refusals(table).items():
+        shown = f"--{name.replace('_', '-')}" if table == "_FLAGS" else name
+        assert rows[shown] == reason.replace("after us", "after this package")
+
+
+def test_limits_name_every_default_of_the_cpu_platform() -> None:
+    from sglang_moe_routing.bench.server import server_environment
+
+    env = server_environment(None, ["--tp", "2"], cpu=True, base={})
+    listed = first_cells(section(read("limits.md"), "## The portable CPU platform"))
+    assert listed == set(env)
+    assert f"`{environment.PLATFORM}`" in read("limits.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_resolve(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in LINK.findall(FENCE.sub("", text)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = unquote(link).partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_configs_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
+    for number, (language, text) in enumerate(FENCE.findall(page.read_text(encoding="utf-8"))):
+        if language == "yaml" and "version" in (yaml.safe_load(text) or {}):
+            file = tmp_path / f"{number}.yaml"
+            file.write_text(text, encoding="utf-8")
+            load_config(file)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_marked_python_examples_print_what_they_say(page: Path, tmp_path: Path) -> None:
+    for name, code, output in TESTED.findall(page.read_text(encoding="utf-8")):
+        file = tmp_path / (name or "example.py")
+        file.write_text(code, encoding="utf-8")
+        run = subprocess.run(
+            [sys.executable, str(file)], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout == output
+
+
+def test_there_are_marked_examples() -> None:
+    assert len(TESTED.findall(read("concepts.md"))) == 1
+    assert len(TESTED.findall(read("architecture.md"))) == 2
+
+
+def test_all_python_examples_compile() -> None:
+    for page in PAGES:
+        for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language == "python":
+                ast.parse(code)
+
+
+def test_commands_and_options_are_those_of_the_program() -> None:
+    program = typer.main.get_command(app)
+    text = read("cli.md")
+    sections = set(re.findall(r"^## (\w+)$", text, re.MULTILINE))
+    assert sections == set(program.commands)  # type: ignore[attr-defined]
+    for name, command in program.commands.items():  # type: ignore[attr-defined]
+        listed = first_cells(section(text, f"## {name}"))
+        options = {o for p in command.params for o in [*p.opts, *p.secondary_opts] if o[0] == "-"}
+        assert {o for o in listed if o.startswith("--")} == options - {"--help"}, name
+
+
+def test_commands_in_the_other_documents_exist() -> None:
+    program = typer.main.get_command(app)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"sglang-moe-routing ([a-z]+)\b", text):
+            assert name in program.commands, f"{page.name}: {name}"  # type: ignore[attr-defined]
+
+
+def test_configuration_page_is_fresh() -> None:
+    assert script("make_reference").is_fresh(), "run: python scripts/make_reference.py"
+
+
+def test_configuration_page_names_every_variable() -> None:
+    names = {environment.CONFIG, environment.CONFIG_SHA256}
+    names |= {environment.RECORD, environment.EMULATE_GRAPHS}
+    assert names <= first_cells(section(read("configuration.md"), "## Environment variables"))
+
+
+def test_documents_name_the_pinned_release() -> None:
+    for page in (ROOT / "README.md", DOCS / "architecture.md", DOCS / "limits.md"):
+        assert environment.SGLANG_VERSION in page.read_text(encoding="utf-8")
