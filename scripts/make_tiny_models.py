@@ -4,8 +4,9 @@
 
 Every checkpoint is a real one of its family (transformers' config and model classes) of three
 layers and less than 3 MB in float32, with the tokenizer of the bundled demo model. A random
-expert-similarity file lies next to it: inside, SGLang would take it for weights. Weights depend on the family's name alone. Serve them with
-``--dtype float32``: SGLang would otherwise halve the precision.
+expert-similarity file lies next to it: inside, SGLang would take it for weights. Weights depend on
+the family's name alone. Serve them with ``--dtype float32``: SGLang would otherwise halve the
+precision.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ _SIZES: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+_YARN: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 _DEEPSEEK: Mapping[str, Any] = {
     **_SIZES,
     "num_attention_heads": 2,
@@ -57,16 +65,8 @@ _DEEPSEEK: Mapping[str, Any] = {
     "topk_group": 2,
     "n_shared_experts": 1,
     "routed_scaling_factor": 2.5,
-    "rope_parameters": {  # SGLang knows no other kind for DeepSeek on a CPU
-        "rope_type": "yarn",
-        "rope_theta": 10_000.0,
-        "factor": 4.0,
-        "original_max_position_embeddings": 512,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
+    # SGLang knows no other kind for DeepSeek on a CPU
+    "rope_parameters": {**_YARN, "rope_theta": 10_000.0, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
 
 
@@ -173,6 +173,7 @@ FAMILIES: Mapping[str, Family] = {
             "num_local_experts": 16,
             "num_experts_per_tok": 4,
             "sliding_window": 128,
+            "rope_parameters": {**_YARN, "rope_theta": 150_000.0, "truncate": False},
         },
     ),
 }

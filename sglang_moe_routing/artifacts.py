@@ -82,7 +82,7 @@ def save_artifact(artifact: SimilarityArtifact, path: str | Path) -> None:
         "model": artifact.model,
         "details": json.dumps(artifact.details, sort_keys=True),
     }
-    tensors = {f"{PREFIX}{i}": m.contiguous() for i, m in artifact.matrices.items()}
+    tensors = {f"{PREFIX}{i}": m.clone().contiguous() for i, m in artifact.matrices.items()}
     save_file(tensors, str(path), metadata)
 
 
@@ -111,7 +111,7 @@ def load_artifact(path: str | Path) -> SimilarityArtifact:
         matrices={_layer_id(name, path): tensor for name, tensor in tensors.items()},
         metric=metadata.get("metric", ""),
         model=metadata.get("model", ""),
-        details=json.loads(metadata.get("details", "{}")),
+        details=_details(metadata.get("details", "{}"), path),
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
     _validate(artifact, path)
@@ -120,9 +120,19 @@ def load_artifact(path: str | Path) -> SimilarityArtifact:
 
 def _layer_id(name: str, path: Path) -> int:
     suffix = name.removeprefix(PREFIX)
-    if suffix == name or not suffix.isdecimal():
+    if suffix == name or not suffix.isdecimal() or suffix != str(int(suffix)):
         raise ArtifactError(f"{path}: unexpected tensor {name!r}, expected '{PREFIX}<layer id>'")
     return int(suffix)
+
+
+def _details(text: str, path: Path) -> dict[str, Any]:
+    try:
+        details = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}: metadata 'details' is not JSON: {error}") from None
+    if not isinstance(details, dict):
+        raise ArtifactError(f"{path}: metadata 'details' is {details!r}, expected a JSON object")
+    return details
 
 
 def _validate(artifact: SimilarityArtifact, path: Path) -> None:
@@ -132,7 +142,9 @@ def _validate(artifact: SimilarityArtifact, path: Path) -> None:
         )
     if not artifact.matrices:
         raise ArtifactError(f"{path}: holds no similarity matrix")
-    metric, num_experts = METRICS[artifact.metric], artifact.num_experts
+    metric = METRICS[artifact.metric]
+    first = next(iter(artifact.matrices.values()))
+    num_experts = first.shape[0] if first.ndim and first.shape[0] else 1
     for layer, matrix in artifact.matrices.items():
         where = f"{path}: {PREFIX}{layer}"
         if matrix.dtype not in DTYPES:

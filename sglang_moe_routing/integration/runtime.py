@@ -189,7 +189,7 @@ class Runtime:
             if self.statistics and plan.is_decode:
                 self.statistics.count_vanilla(layer.index, ids, layer.num_experts)
             return topk_ids, topk_weights
-        scores, gates = layer.router.score(router_logits)
+        scores, gates = layer.router.score(router_logits, ids)
         outcome = reroute(
             scores,
             gates,

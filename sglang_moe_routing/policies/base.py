@@ -289,7 +289,7 @@ class Rows:
         if self.renormalize:
             total = gates.sum(dim=1, keepdim=True)
             wanted = self.topk_weights.sum(dim=1, keepdim=True)
-            weights = torch.where(total > 0, gates * (wanted / total), gates)
+            weights = torch.where(total > 0, gates / total * wanted, gates)
         else:
             weights = gates * self.scale
         return ids, weights

@@ -74,6 +74,6 @@ class OEA(Policy):
         base = rows.order[:, : rows.top_k]
         mass = rows.gates.gather(1, base).cumsum(dim=1) / rows.gates.sum(dim=1, keepdim=True)
         p = parameters["p"][:, None]
-        short = (mass < p) | (p >= 1)  # p = 1 asks for all the mass: no limit
+        short = ~(mass >= p) | (p >= 1)  # without any mass, and at p = 1, there is no limit
         needed = 1 + short[:, :-1].long().cumprod(dim=1).sum(dim=1)
         return torch.minimum(parameters["k0"].long(), needed)

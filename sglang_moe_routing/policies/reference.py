@@ -126,8 +126,8 @@ def _preference(scores: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
 def _look_up(table: PolicyTable, policy_ids: Tensor, live: Tensor) -> tuple[Tensor, Parameters]:
     """Kind and parameters of every row, given how many rows are live."""
     policy = torch.where(live, policy_ids, 0).long()
-    # a 0-dimensional index would be read on the host
-    step = live.sum().clamp(max=table.kind.shape[1] - 1).expand_as(policy)
+    step = torch.bucketize(live.sum(), table.starts, right=True)
+    step = step.expand_as(policy)  # a 0-dimensional index would be read on the host
     kind = table.kind[policy, step]
     return kind, {name: values[policy, step] for name, values in table.parameters.items()}
 

@@ -34,11 +34,13 @@ class Router:
     num_groups: int = 1
     top_groups: int = 1
 
-    def score(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, logits: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ranking scores and combine weights of every expert.
 
         Args:
             logits: float ``[num_tokens, num_experts]``.
+            chosen: integer ``[num_tokens, top_k]``, the experts that the engine chose. They count
+                as allowed whatever groups are recomputed here: its choice stands, ties included.
 
         Returns:
             ``(scores, gates)``, float32 ``[num_tokens, num_experts]``. Where the gate is a
@@ -48,11 +50,11 @@ class Router:
         """
         logits = logits.float()
         gates = self._gates(logits)
-        scores = logits if self.bias is None else gates + self.bias
+        scores = logits
         if self.bias is not None:
-            scores = torch.where(logits.isnan(), logits, scores)
+            scores = torch.where(logits.isnan(), logits, gates + self.bias)
         if self.num_groups > 1:
-            allowed = self._allowed(gates if self.bias is None else scores)
+            allowed = self._allowed(scores, chosen)
             scores = torch.where(allowed, scores, -torch.inf)
             gates = torch.where(allowed, gates, 0.0)
         return scores, gates
@@ -66,13 +68,21 @@ class Router:
             return logits.sigmoid()
         return torch.nn.functional.softplus(logits).sqrt()
 
-    def _allowed(self, choice: Tensor) -> Tensor:
-        """bool ``[num_tokens, num_experts]``: the experts of each row's best groups."""
-        grouped = choice.nan_to_num(nan=-torch.inf).unflatten(1, (self.num_groups, -1))
+    def _allowed(self, scores: Tensor, chosen: Tensor | None) -> Tensor:
+        """bool ``[num_tokens, num_experts]``: experts of each row's best groups, and `chosen`."""
+        grouped = scores.nan_to_num(nan=-torch.inf).unflatten(1, (self.num_groups, -1))
         if self.bias is None:
             strength = grouped.amax(dim=2)
         else:  # DeepSeek-V3: a group is as good as its best two experts
             strength = grouped.topk(min(2, grouped.shape[2]), dim=2).values.sum(dim=2)
-        best = strength.topk(self.top_groups, dim=1).indices
-        chosen = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, best, True)
-        return chosen[:, :, None].expand_as(grouped).flatten(1)
+        order = strength.argsort(dim=1, descending=True, stable=True)  # ties to the lower group
+        best = torch.zeros_like(strength, dtype=torch.bool)
+        best.scatter_(1, order[:, : self.top_groups], True)
+        allowed = best[:, :, None].expand_as(grouped).flatten(1)
+        if chosen is None:
+            return allowed
+        num_experts = scores.shape[1]
+        in_range = (chosen >= 0) & (chosen < num_experts)
+        places = torch.where(in_range, chosen.long(), num_experts)
+        padded = torch.nn.functional.pad(allowed, (0, 1))
+        return padded.scatter_(1, places, True)[:, :num_experts]

@@ -13,19 +13,25 @@ from .base import Policy, Schedule
 from .vanilla import Vanilla
 
 
+ARTIFACT = "artifact"
+"""Parameter that says which similarity matrix a row uses."""
+
+
 @dataclass(frozen=True)
 class PolicyTable:
     """What every policy does on one layer, for every number of live rows.
 
     Attributes:
         kinds: the policy classes that occur; index 0 is `Vanilla`.
-        kind: int64 ``[num_policies, num_steps]``, index into `kinds`. Column ``n`` holds for
-            ``n`` live rows, the last column also for more.
+        starts: int64 ``[num_steps - 1]``, ascending: column ``i`` of the tables holds from
+            ``starts[i - 1]`` live rows on, column 0 below the first start.
+        kind: int64 ``[num_policies, num_steps]``, index into `kinds`.
         parameters: name -> float32 or int64 ``[num_policies, num_steps]``.
         similarity: float32 ``[num_artifacts, num_experts, num_experts]``, possibly 0 artifacts.
     """
 
     kinds: tuple[type[Policy], ...]
+    starts: Tensor
     kind: Tensor
     parameters: Mapping[str, Tensor]
     similarity: Tensor
@@ -54,24 +60,26 @@ def build_table(
     artifacts = artifacts or [None] * len(policies)
     for policy, artifact in zip(policies, artifacts, strict=True):
         _check(policy, artifact, similarity, top_k, num_experts)
-    num_steps = 2 + max(map(_last_step, policies), default=0)
+    starts = sorted({start for policy in policies for start in _starts(policy)})
+    steps = [0, *starts]  # one number of live rows for each column
     others: dict[type[Policy], None] = dict.fromkeys(map(type, policies))
     others.pop(Vanilla, None)
     kinds: tuple[type[Policy], ...] = (Vanilla, *others)
 
-    kind = torch.zeros(len(policies), num_steps, dtype=torch.int64)
+    kind = torch.zeros(len(policies), len(steps), dtype=torch.int64)
     for row, policy in enumerate(policies):
-        for n in range(num_steps):
+        for column, n in enumerate(steps):
             if policy.engage.covers(layer, n) and not policy.is_vanilla(layer, n, top_k):
-                kind[row, n] = kinds.index(type(policy))
-    parameters = _parameters(policies, layer, num_steps)
+                kind[row, column] = kinds.index(type(policy))
+    parameters = _parameters(policies, layer, steps)
     names = list(similarity)
-    parameters["artifact"] = torch.tensor(
-        [[names.index(a) if a else 0] * num_steps for a in artifacts], dtype=torch.int64
+    parameters[ARTIFACT] = torch.tensor(
+        [[names.index(a) if a else 0] * len(steps) for a in artifacts], dtype=torch.int64
     )
     matrices = [similarity[name].float() for name in names]
     return PolicyTable(
         kinds=kinds,
+        starts=torch.tensor(starts, dtype=torch.int64, device=device),
         kind=kind.to(device),
         parameters={name: values.to(device) for name, values in parameters.items()},
         similarity=(
@@ -88,6 +96,8 @@ def _check(
     num_experts: int,
 ) -> None:
     problems = policy.check(top_k, num_experts)
+    if ARTIFACT in policy.parameters():
+        problems.append(f"parameter name {ARTIFACT!r} is reserved")
     if policy.uses_similarity and artifact not in similarity:
         known = ", ".join(similarity) or "none"
         problems.append(f"similarity: no artifact {artifact!r} for this layer; known: {known}")
@@ -95,20 +105,23 @@ def _check(
         raise PolicyError("; ".join(problems))
 
 
-def _last_step(policy: Policy) -> int:
-    steps = [policy.engage.min_rows, policy.engage.max_rows or 0]
+def _starts(policy: Policy) -> set[int]:
+    """Numbers of live rows from which `policy` behaves differently."""
+    starts = {policy.engage.min_rows}
+    if policy.engage.max_rows is not None:
+        starts.add(policy.engage.max_rows + 1)
     for value in policy.parameters().values():
         if isinstance(value, Schedule):
-            steps.extend(value.rows)
-    return max(steps)
+            starts.update(value.rows)
+    return starts
 
 
-def _parameters(policies: Sequence[Policy], layer: int, num_steps: int) -> dict[str, Tensor]:
+def _parameters(policies: Sequence[Policy], layer: int, steps: Sequence[int]) -> dict[str, Tensor]:
     names = dict.fromkeys(name for policy in policies for name in policy.parameters())
     tensors = {}
     for name in names:
         rows = [
-            [_value(policy.parameters().get(name, 0), layer, n) for n in range(num_steps)]
+            [_value(policy.parameters().get(name, 0), layer, n) for n in steps]
             for policy in policies
         ]
         is_float = any(isinstance(value, float) for row in rows for value in row)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang_moe_routing.artifacts import load_artifact
 from sglang_moe_routing.bench.server import running_server
@@ -42,7 +44,7 @@ ORACLE: dict[str, dict[str, Any]] = {
     "sere-s1": {"kind": "sere", "S": 1, "rho": 0.6},
 }
 
-NUM_TOKENS = 8
+NUM_TOKENS = 12
 
 TRITON_ATTENTION = ("--attention-backend", "triton", "--triton-attention-num-kv-splits", "1")
 
@@ -80,9 +82,13 @@ FAMILIES = {
         (0, 1, 2), SOFTMAX, flags=(*TRITON_ATTENTION, "--moe-runner-backend", "triton")
     ),
 }
-"""Latent attention (DeepSeek) and attention sinks (GPT-OSS) are beyond torch's attention backend."""
+"""Latent attention (DeepSeek) and attention sinks (GPT-OSS) are beyond the torch_native backend."""
 
 BIASED = {"glm4_moe", "deepseek_v3"}
+
+
+def prompt(i: int) -> str:
+    return f"Once upon a time, {i}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ class Family:
     """A running server of one family."""
 
     name: str
+    model: Path
     server: Running
     similarity: dict[int, np.ndarray]
 
@@ -97,10 +104,23 @@ class Family:
     def expected(self) -> Expected:
         return FAMILIES[self.name]
 
-    def generate(self, policy: str) -> httpx.Response:
+    def generate(self, policies: list[str]) -> list[httpx.Response]:
+        """One request per policy, all at once."""
         params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
-        body = {"text": f"Once upon a time under {policy}", "sampling_params": params}
-        return self.server.http.post("/generate", json=body, headers={HEADER: policy})
+
+        async def send_all() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=self.server.url, timeout=300) as http:
+                requests = (
+                    http.post(
+                        "/generate",
+                        json={"text": prompt(i), "sampling_params": params},
+                        headers={HEADER: policy},
+                    )
+                    for i, policy in enumerate(policies)
+                )
+                return await asyncio.gather(*requests)
+
+        return asyncio.run(send_all())
 
 
 @pytest.fixture(scope="module")
@@ -137,20 +157,16 @@ def family(
     ) as server:
         yield Family(
             request.param,
+            model,
             Running(server, records),
             {layer: matrix.float().numpy() for layer, matrix in matrices.items()},
         )
 
 
 def test_mixed_policies_obey_the_oracle_on_every_family(family: Family) -> None:
-    policies = list(ORACLE) + ["vanilla"]
+    policies = [*ORACLE, "vanilla"]
     answers: list[httpx.Response] = []
-
-    def work() -> None:
-        with ThreadPoolExecutor(len(policies)) as pool:
-            answers.extend(pool.map(family.generate, policies))
-
-    calls = family.server.record(work)
+    calls = family.server.record(lambda: answers.extend(family.generate(policies)))
     for policy, answer in zip(policies, answers, strict=True):
         assert answer.status_code == 200, answer.text
         info = answer.json()["meta_info"]
@@ -172,11 +188,11 @@ def test_mixed_policies_obey_the_oracle_on_every_family(family: Family) -> None:
     assert rows["vanilla"] >= num_rows
     assert rerouted.pop("vanilla") == 0
     assert all(rerouted[name] > 0 for name in ORACLE if name != "vanilla"), rerouted
-    assert any(len(set(call["rows"])) > 2 for call in calls), "no policies met in one batch"
+    assert any(len(set(call["rows"])) > 1 for call in calls), "no policies met in one batch"
 
 
 def test_attached_router_is_that_of_the_family(family: Family) -> None:
-    calls = family.server.record(lambda: family.generate("oea-k1"))
+    calls = family.server.record(lambda: family.generate(["oea-k1"]))
     router = calls[0]["router"]
     expected = family.expected.router
     assert {name: router[name] for name in expected} == expected
@@ -184,3 +200,20 @@ def test_attached_router_is_that_of_the_family(family: Family) -> None:
     assert (router["bias"] is not None) == (family.name in BIASED)
     if router["bias"]:
         assert len(set(router["bias"])) == router["num_experts"]
+
+
+def test_vanilla_beside_others_generates_what_transformers_does(family: Family) -> None:
+    """The engine on this platform runs the family's model, whoever shares the batch."""
+    answer, *_ = family.generate(["vanilla", "oea-k1", "sere-s1", "topk-k1"])
+    assert answer.json()["output_ids"] == continue_greedily(family.model, prompt(0))
+
+
+def continue_greedily(model: Path, text: str) -> list[int]:
+    tokens = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    given = tokens.shape[1]
+    with torch.inference_mode():
+        for _ in range(NUM_TOKENS):
+            best = network(tokens).logits[:, -1].argmax(dim=-1, keepdim=True)
+            tokens = torch.cat([tokens, best], dim=1)
+    return tokens[0, given:].tolist()

@@ -112,7 +112,9 @@ PROBLEMS = {
     "policies: {a: {kind: oea, k0: three}}": "Input should be a valid integer, got 'three'",
     "policies: {a: {kind: oea, k0: 3, p: 0}}": "policies.a.p: Input should be greater than 0",
     "policies: {a: {kind: oea, k0: 3, p: .nan}}": "policies.a.p: ",
-    "policies: {a: {kind: oea, k0: {default: 3, rows: {0: 1}}}}": "policies.a.k0.rows.0: not a valid key",
+    "policies: {a: {kind: oea, k0: {default: 3, rows: {0: 1}}}}": (
+        "policies.a.k0.rows.0: not a valid key"
+    ),
     "policies: {a: {kind: oea, k0: {default: 3, rwos: {4: 1}}}}": (
         "policies.a.k0.rwos: unknown key, did you mean 'rows'?"
     ),
@@ -131,7 +133,9 @@ PROBLEMS = {
     "policies: {a: {kind: oea, k0: 3, engage: {phase: prefill}}}": (
         "policies.a.engage.phase: Input should be 'decode' or 'all', got 'prefill'"
     ),
-    "policies: {'two words': {kind: oea, k0: 3}}": "policies.two words: not a valid key: String should match pattern",
+    "policies: {'two words': {kind: oea, k0: 3}}": (
+        "policies.two words: not a valid key: String should match pattern"
+    ),
     "policies: {vanilla: {kind: oea, k0: 3}}": "the name 'vanilla' is reserved",
     "default: fast": "routing.yaml:2: default: 'fast' is not a policy; known: vanilla",
     "clients_may_choose: [fast]": "clients_may_choose: 'fast' is not a policy",
@@ -168,7 +172,7 @@ def test_file_without_a_version_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_file_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.yaml: cannot read the routing config: No such"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the routing config: No such"):
         load_config(tmp_path / "none.yaml")
 
 

@@ -643,6 +643,17 @@ def test_rows_of_nan_scores_and_gates_keep_valid_ids_and_no_weight(spec: Spec) -
         assert_same_bits(got.topk_weights, case.topk_weights)
 
 
+@pytest.mark.parametrize(("p", "required"), [(1.0, 2), (0.99, 1)])
+def test_p_of_1_sets_no_mass_limit(p: float, required: int) -> None:
+    """With all the mass on one expert, p = 1 still requires k0 experts, and p < 1 only one."""
+    case = small_case(({**OEA_2, "k0": 2, "p": p},), (0,))
+    best = case.scores.argmax(dim=1, keepdim=True)
+    case = replace(case, gates=torch.zeros_like(case.gates).scatter_(1, best, 1.0))
+    got = run(case)
+    assert got.union.sum().item() == required
+    assert got.topk_ids.tolist() == ask_oracle(case).ids.tolist()
+
+
 def test_a_row_without_gate_mass_keeps_k0_experts_under_a_mass_limit() -> None:
     """No partial mass of an all-zero row reaches p, so k0 alone decides what it requires."""
     spec = {**OEA_2, "k0": 2, "p": 0.5}
@@ -806,6 +817,7 @@ def test_reroute_needs_no_value_of_any_tensor_on_the_host(num_rows: int) -> None
             fake(plan),
             replace(
                 table,
+                starts=fake(table.starts),
                 kind=fake(table.kind),
                 parameters={name: fake(values) for name, values in table.parameters.items()},
                 similarity=fake(table.similarity),

@@ -212,7 +212,7 @@ def test_experts_that_the_engine_chose_from_a_tied_group_keep_their_weight(
         num_groups=4,
         top_groups=1,
     )
-    scores, gates = router.score(torch.ones(1, 8))
+    scores, gates = router.score(torch.ones(1, 8), torch.tensor([base]))
     got = reroute(
         scores,
         gates,
