@@ -33,9 +33,10 @@ def inspect(config: Path) -> Inspection:
 
 
 def _verify_symbols() -> Sequence[Finding]:
+    from .cpu_platform import sharding
     from .hooks import HOOKS, RELIED_ON
 
-    return hooking.verify([*HOOKS, *RELIED_ON])
+    return hooking.verify([*HOOKS, sharding.HOOK, *RELIED_ON])
 
 
 def _platform() -> str:

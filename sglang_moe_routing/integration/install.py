@@ -1,4 +1,4 @@
-"""Load the config and attach the hooks; what `plugin.register` does once it is asked to."""
+"""Load the config and attach the hooks: what `plugin.register` does once it is asked to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 from ..config import LoadedConfig, load_config
 from ..errors import EngineError
 from . import environment, hooking, runtime
+from .cpu_platform import sharding
+from .hooking import Hook
 from .hooks import HOOKS, RELIED_ON
 from .plugin import fatal
 
@@ -19,6 +21,17 @@ def install() -> None:
         RoutingError: anything that keeps this process from serving the configured policies.
     """
     hooking.check_version()
+    hooks: list[Hook] = []
+    if os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
+        hooks.append(sharding.HOOK)
+    if os.environ.get(environment.CONFIG):
+        hooks += _start_routing()
+    hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON]))
+    hooking.apply(hooks, on_failure=fatal)
+
+
+def _start_routing() -> list[Hook]:
+    """Start this process's runtime; the hooks that it needs."""
     loaded = load_config(os.environ[environment.CONFIG])
     is_main = _is_main()
     if is_main:
@@ -26,11 +39,8 @@ def install() -> None:
         os.environ[environment.CONFIG_SHA256] = loaded.sha256
     else:
         _check_unchanged(loaded)
-    state = runtime.start(loaded)
-    state.load_artifacts()
-    hooks = [hook for hook in HOOKS if is_main or not hook.main_only]
-    hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON]))
-    hooking.apply(hooks, on_failure=fatal)
+    runtime.start(loaded).load_artifacts()
+    return [hook for hook in HOOKS if is_main or not hook.main_only]
 
 
 def _is_main() -> bool:

@@ -15,8 +15,12 @@ from . import environment
 
 
 def register() -> None:
-    """Attach the routing hooks (entry point group ``sglang.srt.plugins``)."""
-    if not os.environ.get(environment.CONFIG):
+    """Attach our hooks (entry point group ``sglang.srt.plugins``).
+
+    Nothing is touched unless a routing config or the portable CPU platform is asked for.
+    """
+    is_configured = bool(os.environ.get(environment.CONFIG))
+    if not is_configured and os.environ.get("SGLANG_PLATFORM") != environment.PLATFORM:
         return
     try:
         from .install import install

@@ -178,17 +178,31 @@ def test_mixed_policies_obey_the_oracle_on_every_family(family: Family) -> None:
     for call in calls:
         check_call(call, ORACLE, family.similarity)
         rows.update(call["rows"])
-        for name, base, final in zip(
-            call["rows"], call["base_ids"], call["final_ids"], strict=True
-        ):
-            rerouted[name] += base != final
+        rerouted.update(rerouted_rows(call))
     assert tuple(sorted({call["layer"] for call in calls})) == family.expected.layers
     num_rows = (NUM_TOKENS - 1) * len(family.expected.layers)  # prefill gives the first token
     assert all(rows[name] == num_rows for name in ORACLE if name != "vanilla")
-    assert rows["vanilla"] >= num_rows
-    assert rerouted.pop("vanilla") == 0
-    assert all(rerouted[name] > 0 for name in ORACLE if name != "vanilla"), rerouted
+    assert rows["vanilla"] == 2 * num_rows
+    assert rerouted["vanilla"] == 0
+    assert rerouted["topk-k1"] == num_rows
+    assert rerouted["oea-k1"] + rerouted["oea-p"] + rerouted["sere-s1"] > 0
     assert any(len(set(call["rows"])) > 1 for call in calls), "no policies met in one batch"
+
+
+def rerouted_rows(call: dict[str, Any]) -> list[str]:
+    """Policy of every row of a call whose experts changed."""
+    rows = zip(call["rows"], call["base_ids"], call["final_ids"], strict=True)
+    return [name for name, base, final in rows if base != final]
+
+
+@pytest.mark.parametrize("policy", ["oea-k1", "sere-s1"])
+def test_alone_in_a_batch_a_policy_reroutes(family: Family, policy: str) -> None:
+    """Without other rows there is next to nothing to piggyback on or to keep."""
+    calls = family.server.record(lambda: family.generate([policy]))
+    for call in calls:
+        check_call(call, ORACLE, family.similarity)
+    rerouted = sum(bool(rerouted_rows(call)) for call in calls)
+    assert rerouted == len(calls) if policy == "oea-k1" else rerouted > 0
 
 
 def test_attached_router_is_that_of_the_family(family: Family) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -14,6 +15,13 @@ from .. import environment
 
 DEFAULT_KV_TOKENS = 65_536
 """KV pool where the operator sets none; SGLang would otherwise take 72 % of all memory."""
+
+
+def allocate_unpinned(
+    dims: tuple[int, ...], dtype: torch.dtype, device: str, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """Host memory as SGLang's host caches ask for it, without pinning it for a GPU."""
+    return torch.empty(dims, dtype=dtype, device=device)
 
 
 class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  # sglang is untyped
@@ -39,21 +47,25 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  #
         return False
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
-        if server_args.attention_backend in (None, "intel_amx"):
-            server_args.attention_backend = "torch_native"
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_KV_TOKENS
         server_args.disable_custom_all_reduce = True
-        if not self.capabilities.graph_capture:
-            graphs = server_args.cuda_graph_config
-            for phase in (Phase.DECODE, Phase.PREFILL):
-                graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
-            server_args.cuda_graph_config = graphs
+        if self.capabilities.graph_capture:
+            return  # "intel_amx" falls back to torch_native later, where graphs stay allowed
+        if server_args.attention_backend in (None, "intel_amx"):
+            server_args.attention_backend = "torch_native"
+        graphs = server_args.cuda_graph_config
+        for phase in (Phase.DECODE, Phase.PREFILL):
+            graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+        server_args.cuda_graph_config = graphs
 
     def init_backend(self) -> None:
+        from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+
         from .moe import register
 
         register()
+        ALLOC_MEMORY_FUNCS["cpu"] = allocate_unpinned
 
     def get_graph_runner_cls(self) -> type | None:
         if not self.capabilities.graph_capture:

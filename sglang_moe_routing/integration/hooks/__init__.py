@@ -52,4 +52,5 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.srt.arg_groups.model_override_base.resolved_view", ("server_args",)),
     Symbol("sglang.kernels.fused_op.BaseFusedOp.register_oot_forward"),
     Symbol("sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"),
+    Symbol("sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS"),
 )
