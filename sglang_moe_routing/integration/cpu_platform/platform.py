@@ -50,6 +50,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  #
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_KV_TOKENS
         server_args.disable_custom_all_reduce = True
+        server_args.sleep_on_idle = True  # an idle scheduler would take a core from the others
         if self.capabilities.graph_capture:
             return  # "intel_amx" falls back to torch_native later, where graphs stay allowed
         if server_args.attention_backend in (None, "intel_amx"):
