@@ -12,7 +12,6 @@ from ..errors import PolicyError
 from .base import Policy, Schedule
 from .vanilla import Vanilla
 
-
 ARTIFACT = "artifact"
 """Parameter that says which similarity matrix a row uses."""
 
