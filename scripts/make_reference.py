@@ -113,6 +113,8 @@ server reads the artifacts that a policy uses and refuses one that lacks a layer
 has another number of experts. A relative path starts at the folder of the config file; `${VAR}` is
 replaced by an environment variable, and a variable that is not set is an error.
 
+Keep artifacts out of model folders: SGLang loads every safetensors file in there as weights.
+
 The meaning of a `threshold` depends on the artifact's metric: 0.3 under `cosine` (which maps a
 cosine of -0.4 to 0.3) protects far less than 0.3 under `frobenius`. Do not carry a threshold from
 one metric, or from one model, to another.

@@ -18,8 +18,7 @@ from ..artifacts import SimilarityArtifact
 from ..errors import ArtifactError, EngineError, PolicyError
 from ..policies import Router, build_table
 from . import environment
-from .hooks.topk import LAYER
-from .runtime import Layer, Runtime
+from .runtime import LAYER, Layer, Runtime
 
 
 def attach(runtime: Runtime, model_runner: Any) -> None:
@@ -73,6 +72,9 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
     bypassing = [name for name, m in model.named_modules() if isinstance(m, HashTopK)]
     if bypassing:
         raise EngineError(f"{bypassing[0]}: hash-routed layers have no scores to re-route by")
+    biased = [name for name, m in model.named_modules() if _has_bias_per_token(m)]
+    if biased:
+        raise EngineError(f"{biased[0]}: a router bias that depends on the token is not supported")
     routers = {m.layer_id: m for _, m in model.named_modules() if isinstance(m, TopK)}
     experts = {
         m.layer_id: m
@@ -88,6 +90,14 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
             "this model cannot be served with routing policies"
         )
     return {layer: (routers[layer], experts[layer]) for layer in sorted(experts)}
+
+
+def _has_bias_per_token(module: torch.nn.Module) -> bool:
+    """Multimodal gates (Bailing, DeepSeek-V4) hand TopK a bias per token that no hook sees."""
+    return (
+        getattr(module, "multi_gate", False) is True
+        or getattr(module, "e_score_correction_bias_vl", None) is not None
+    )
 
 
 def _make_layer(runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, device: str) -> Layer:

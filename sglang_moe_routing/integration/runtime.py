@@ -20,6 +20,9 @@ from .statistics import Statistics
 
 VANILLA_ID = 0
 
+LAYER = "_sglang_moe_routing_layer"
+"""Attribute of a `TopKConfig` that opts its layer in; drafts and foreign routers lack it."""
+
 
 @dataclass(frozen=True)
 class Layer:

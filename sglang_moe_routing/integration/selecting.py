@@ -10,6 +10,7 @@ from fastapi import HTTPException
 
 from ..config import BODY_KEY, choose, split_alias
 from ..errors import RoutingRequestError
+from ..policies import Vanilla
 from . import runtime
 
 Scope = MutableMapping[str, Any]
@@ -65,6 +66,8 @@ def select_policies(sampling_params: Any, request: Any) -> list[str]:
         choose(config, headers=headers, alias=selection.alias, body=_body_choice(item))
         for item in items
     ]
+    for item, name in zip(items, names, strict=True):
+        _refuse_beam_search(item, name)
     selection.applied = names
     return names
 
@@ -95,6 +98,17 @@ def _selection(request: Any) -> Selection:
     scope = getattr(request, "scope", None)
     selection = scope.get(SCOPE_KEY) if scope is not None else None
     return selection or Selection()
+
+
+def _refuse_beam_search(sampling_params: Any, name: str) -> None:
+    """Beam members are rows without requests of their own, so they cannot follow a policy."""
+    config = runtime.current().config
+    policy = config.definitions[config.names.index(name)]
+    width = sampling_params.get("beam_width") if isinstance(sampling_params, dict) else None
+    if (width or 1) > 1 and not isinstance(policy, Vanilla):
+        raise RoutingRequestError(
+            f"beam search runs under the vanilla MoE routing policy only, not {name!r}"
+        )
 
 
 def _body_choice(sampling_params: Any) -> object:

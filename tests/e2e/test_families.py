@@ -72,17 +72,13 @@ FAMILIES = {
     "mixtral": Expected((0, 1, 2), {**SOFTMAX, "top_k": 2}),
     "olmoe": Expected((0, 1, 2), {**SOFTMAX, "renormalize": False}),
     "glm4_moe": Expected((1, 2), {"scoring": "sigmoid", "renormalize": True, "num_groups": 1}),
-    "deepseek_v2": Expected(
-        (1, 2), {**SOFTMAX, **GROUPS, "renormalize": False}, flags=TRITON_ATTENTION
-    ),
-    "deepseek_v3": Expected(
-        (1, 2), {"scoring": "sigmoid", "renormalize": True, **GROUPS}, flags=TRITON_ATTENTION
-    ),
+    "deepseek_v2": Expected((1, 2), {**SOFTMAX, **GROUPS, "renormalize": False}),
+    "deepseek_v3": Expected((1, 2), {"scoring": "sigmoid", "renormalize": True, **GROUPS}),
     "gpt_oss": Expected(
         (0, 1, 2), SOFTMAX, flags=(*TRITON_ATTENTION, "--moe-runner-backend", "triton")
     ),
 }
-"""Latent attention (DeepSeek) and attention sinks (GPT-OSS) are beyond the torch_native backend."""
+"""Attention sinks (GPT-OSS) are beyond the torch_native backend."""
 
 BIASED = {"glm4_moe", "deepseek_v3"}
 

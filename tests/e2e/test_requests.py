@@ -212,8 +212,10 @@ def test_error_has_sglangs_own_shape(served: Running) -> None:
     assert {"object": "error", "code": 400, "param": None}.items() <= response.json().items()
 
 
-def test_beam_search_under_a_policy_is_a_400(served: Running) -> None:
-    body = {"text": "The", "sampling_params": {"max_new_tokens": 2, "beam_width": 2}}
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_beam_search_under_a_policy_is_a_400(served: Running, stream: bool) -> None:
+    params = {"max_new_tokens": 2, "beam_width": 2}
+    body = {"text": "The", "sampling_params": params, "stream": stream}
     response = served.http.post("/generate", json=body, headers={HEADER: "oea-k3"})
     assert response.status_code == 400
     assert "beam search" in response.text

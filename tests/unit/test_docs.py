@@ -69,7 +69,7 @@ def anchors(text: str) -> set[str]:
 def hook_targets() -> set[str]:
     """Targets of the `Hook(...)` calls in the sources, which import sglang."""
     found = set()
-    for path in (INTEGRATION / "hooks").glob("*.py"):
+    for path in INTEGRATION.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Hook":
                 (target,) = (k.value for k in node.keywords if k.arg == "target")

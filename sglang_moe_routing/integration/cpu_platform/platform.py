@@ -63,9 +63,10 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  #
     def init_backend(self) -> None:
         from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
 
-        from .moe import register
+        from . import attention, moe
 
-        register()
+        moe.register()
+        attention.register()
         ALLOC_MEMORY_FUNCS["cpu"] = allocate_unpinned
 
     def get_graph_runner_cls(self) -> type | None:

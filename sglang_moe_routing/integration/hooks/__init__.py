@@ -53,4 +53,7 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.kernels.fused_op.BaseFusedOp.register_oot_forward"),
     Symbol("sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"),
     Symbol("sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS"),
+    Symbol(
+        "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register"
+    ),
 )

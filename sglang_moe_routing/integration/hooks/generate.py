@@ -15,8 +15,6 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from ...config import BODY_KEY, VANILLA
-from ...errors import RoutingRequestError
-from ...policies import Vanilla
 from .. import runtime
 from ..hooking import Hook
 from ..selecting import forget_selection, select_policies
@@ -42,12 +40,6 @@ def _is_health_check(obj: GenerateReqInput) -> bool:
 
 def _mark(sampling_params: dict[str, Any] | None, name: str) -> dict[str, Any]:
     params = dict(sampling_params or {})
-    config = runtime.current().config
-    is_vanilla = isinstance(config.definitions[config.names.index(name)], Vanilla)
-    if not is_vanilla and (params.get("beam_width") or 1) > 1:
-        raise RoutingRequestError(
-            f"beam search runs under the vanilla MoE routing policy only, not {name!r}"
-        )
     params["custom_params"] = {**(params.get("custom_params") or {}), BODY_KEY: name}
     return params
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from .. import runtime
 from ..hooking import Hook
-
-LAYER = "_sglang_moe_routing_layer"
-"""Attribute of a `TopKConfig` that opts its layer in; drafts and foreign routers lack it."""
+from ..runtime import LAYER
 
 
 def around(
