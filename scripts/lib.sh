@@ -4,7 +4,8 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 
-say() { printf '\n==> %s\n' "$*"; }
+# on stderr: `demo.sh --json` prints one JSON object and nothing else
+say() { printf '\n==> %s\n' "$*" >&2; }
 
 find_python() {
   local name
