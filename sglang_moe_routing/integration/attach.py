@@ -129,7 +129,6 @@ def _make_layer(runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, dev
         index=index,
         num_experts=num_experts,
         top_k=top_k,
-        num_shared=config.num_shared_topk_slots,
         router=router,
         table=table,
     )

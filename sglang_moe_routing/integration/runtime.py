@@ -33,14 +33,12 @@ class Layer:
         index: place among the MoE layers of this process.
         num_experts: routed experts, shared and redundant ones not counted.
         top_k: routed experts per token.
-        num_shared: columns that SGLang appends for fused shared experts.
     """
 
     layer_id: int
     index: int
     num_experts: int
     top_k: int
-    num_shared: int
     router: Router
     table: PolicyTable
 
