@@ -25,3 +25,7 @@ class RoutingRequestError(RoutingError, ValueError):
 
 class EngineError(RoutingError, RuntimeError):
     """SGLang, the model or the server flags are not what this package was written for."""
+
+
+class KernelError(RoutingError, RuntimeError):
+    """The compiled kernels cannot be built, loaded or used as asked."""

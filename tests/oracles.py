@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cmp_to_key
 from typing import Any
 
 import numpy as np
@@ -49,17 +50,12 @@ def comes_before(score_a: float, id_a: int, score_b: float, id_b: int) -> bool:
 
 
 def in_rank_order(candidates: Sequence[int], scores: Sequence[float]) -> list[int]:
-    """Sort experts by selection: take the best of what is left, again and again."""
-    left = list(candidates)
-    ordered: list[int] = []
-    while left:
-        best = left[0]
-        for j in left[1:]:
-            if comes_before(float(scores[j]), j, float(scores[best]), best):
-                best = j
-        ordered.append(best)
-        left.remove(best)
-    return ordered
+    """Sort experts by what comes before what."""
+
+    def compare(a: int, b: int) -> int:
+        return -1 if comes_before(float(scores[a]), a, float(scores[b]), b) else int(a != b)
+
+    return sorted(candidates, key=cmp_to_key(compare))
 
 
 def rank_order(scores: Sequence[float], base: Sequence[int]) -> list[int]:

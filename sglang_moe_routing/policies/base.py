@@ -242,6 +242,7 @@ class Rows:
             (0 is best): the router's own top-k first, then by falling score, ties to the lower
             expert id, NaN last.
         order: int64 ``[num_tokens, num_experts]``, inverse of `rank`: the expert at each place.
+        chosen: bool ``[num_tokens, num_experts]``, the router's own top-k.
         gates: float32 ``[num_tokens, num_experts]``, the model's combine weight of each expert
             before normalisation; NaN counts as 0.
         topk_ids: int64 ``[num_tokens, top_k]``, the router's choice in the engine's column order.
@@ -253,6 +254,7 @@ class Rows:
 
     rank: Tensor
     order: Tensor
+    chosen: Tensor
     gates: Tensor
     topk_ids: Tensor
     topk_weights: Tensor

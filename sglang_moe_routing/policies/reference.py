@@ -23,6 +23,8 @@ class Rerouted:
         union: bool ``[num_experts]``, experts that some live row requires.
         active: int64 scalar, distinct experts of the live rows now (T).
         active_base: int64 scalar, distinct experts that the router had chosen (T_base).
+        moved_slots: int64 scalar, slots of the router's choice whose expert the row uses no more.
+        critical: int64 scalar, active experts outside `union`: nothing loaded could stand in.
     """
 
     topk_ids: Tensor
@@ -30,6 +32,8 @@ class Rerouted:
     union: Tensor
     active: Tensor
     active_base: Tensor
+    moved_slots: Tensor
+    critical: Tensor
 
 
 def reroute(
@@ -65,11 +69,12 @@ def reroute(
     num_experts = scores.shape[1]
     ids = topk_ids.long()
     in_range = (ids >= 0) & (ids < num_experts)
-    rank, order = _preference(scores, torch.where(in_range, ids, num_experts))
+    rank, order, chosen = _preference(scores, torch.where(in_range, ids, num_experts))
     first = order[:, :1]
     rows = Rows(
         rank=rank,
         order=order,
+        chosen=chosen,
         gates=gates.float().nan_to_num(nan=0.0),
         topk_ids=torch.where(in_range, ids, first),
         topk_weights=torch.where(in_range, topk_weights.float(), 0.0),
@@ -93,34 +98,40 @@ def reroute(
         new_ids = torch.where(selected, chosen_ids.to(topk_ids.dtype), new_ids)
         new_weights = torch.where(selected, chosen_weights.to(topk_weights.dtype), new_weights)
 
+    final, base = members(new_ids, num_experts), members(topk_ids, num_experts)
+    final, base = final & live[:, None], base & live[:, None]
+    kept = final.gather(1, ids.clamp(0, num_experts - 1)) | ~in_range | ~live[:, None]
+    active = final.any(dim=0)
     active_expert = union.int().argmax().to(topk_ids.dtype)  # required experts stay active
     return Rerouted(
         topk_ids=torch.where(live[:, None], new_ids, active_expert),
         topk_weights=torch.where(live[:, None], new_weights, 0.0),
         union=union,
-        active=num_distinct(new_ids, num_experts, live),
-        active_base=num_distinct(topk_ids, num_experts, live),
+        active=active.sum(),
+        active_base=base.any(dim=0).sum(),
+        moved_slots=(~kept).sum(),
+        critical=(active & ~union).sum(),
     )
 
 
-def _preference(scores: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+def _preference(scores: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rank every expert of every row: `base` first, then falling score, ties to the lower id.
 
     Args:
         base: int64 ``[num_tokens, top_k]``; `num_experts` marks an invalid entry.
 
     Returns:
-        ``(rank, order)``, int64 ``[num_tokens, num_experts]``, inverse to each other.
+        ``(rank, order, is_base)``, ``[num_tokens, num_experts]``: the first two int64 and inverse
+        to each other, the third bool.
     """
-    num_tokens, num_experts = scores.shape
+    num_experts = scores.shape[1]
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 equal +0.0
     key = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # same order as the floats
     key = torch.where(scores.isnan(), torch.iinfo(torch.int32).min, key)
-    is_base = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=scores.device)
-    is_base = is_base.scatter_(1, base, True)[:, :num_experts]
+    is_base = members(base, num_experts)
     order = (key + (is_base.long() << 33)).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(num_experts, device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places), order
+    return torch.empty_like(order).scatter_(1, order, places), order, is_base
 
 
 def _look_up(table: PolicyTable, policy_ids: Tensor, live: Tensor) -> tuple[Tensor, Parameters]:
@@ -132,12 +143,17 @@ def _look_up(table: PolicyTable, policy_ids: Tensor, live: Tensor) -> tuple[Tens
     return kind, {name: values[policy, step] for name, values in table.parameters.items()}
 
 
-def num_distinct(ids: Tensor, num_experts: int, live: Tensor | None = None) -> Tensor:
-    """int64 scalar: how many different experts ``[num_tokens, top_k]`` ids of `live` rows name."""
+def members(ids: Tensor, num_experts: int) -> Tensor:
+    """bool ``[num_tokens, num_experts]``: experts that each row of ``[num_tokens, top_k]`` names.
+
+    Ids outside ``[0, num_experts)`` name nobody.
+    """
     ids = ids.long()
-    counted = (ids >= 0) & (ids < num_experts)
-    if live is not None:
-        counted &= live[:, None]
-    seen = torch.zeros(num_experts + 1, dtype=torch.bool, device=ids.device)
-    seen.scatter_(0, torch.where(counted, ids, num_experts).flatten(), True)
-    return seen[:num_experts].sum()
+    places = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    named = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.bool, device=ids.device)
+    return named.scatter_(1, places, True)[:, :num_experts]
+
+
+def num_distinct(ids: Tensor, num_experts: int) -> Tensor:
+    """int64 scalar: how many different experts ``[num_tokens, top_k]`` ids name."""
+    return members(ids, num_experts).any(dim=0).sum()

@@ -16,7 +16,7 @@ class Vanilla(Policy):
 
     @classmethod
     def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
-        return rows.rank < rows.top_k
+        return rows.chosen
 
     @classmethod
     def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:

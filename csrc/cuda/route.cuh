@@ -1,0 +1,281 @@
+// Kernels and launchers. What is launched depends on the call's shapes and types only; nothing is
+// allocated, and nothing is read back: safe under CUDA-graph capture.
+//
+//   up to kOneBlockRows rows: one launch of one block; the barrier between the passes is the
+//     block's own
+//   beyond: two launches. Each block of the first writes its own part of U, so that nothing has to
+//     be zeroed beforehand; each block of the second gathers all parts. The second may start early
+//     (programmatic dependent launch) and ranks its first row while the first still runs.
+#pragma once
+#include "warp_row.cuh"
+
+namespace moe_routing::cuda {
+
+constexpr int kOneBlockRows = 64;
+constexpr int kWarps = 8;
+constexpr int kMaxBlocks = 128;
+
+// A block of 1024 threads leaves 64 registers to each; rows of many keys a lane need more.
+template <bool kPacked, int kPerLane>
+constexpr int kOneBlockWarps = kPerLane * (kPacked ? 1 : 2) > 8 ? 16 : 32;
+
+// The workspace of the two-launch form.
+struct Workspace {
+  unsigned num_done;
+  int num_moved[kMaxBlocks];
+  uint32_t required[kMaxBlocks][kUnionWords];
+  uint32_t before[kMaxBlocks][kUnionWords];
+  uint32_t after[kMaxBlocks][kUnionWords];
+};
+constexpr int kWorkspaceWords = 8192;
+static_assert(sizeof(Workspace) <= 4 * kWorkspaceWords, "callers allocate kWorkspaceWords");
+
+// What pass 1 leaves of a row for pass 2.
+struct RowState {
+  uint16_t order[kMaxTopK];
+  int guaranteed;
+  Softmax softmax;
+};
+
+__device__ __forceinline__ void clear(Shared& shared) {
+  if (threadIdx.x < kUnionWords) {
+    shared.required[threadIdx.x] = 0;
+    shared.before[threadIdx.x] = 0;
+    shared.after[threadIdx.x] = 0;
+  }
+  if (threadIdx.x == 0) shared.num_live = shared.num_moved = 0;
+}
+
+__device__ __forceinline__ void write_union(const Call& call, const Shared& shared) {
+  for (int j = threadIdx.x; j < call.num_experts; j += blockDim.x) {
+    call.out_union[j] = has(shared.required, j);
+  }
+}
+
+__device__ __forceinline__ int lowest_required(const Shared& shared) {
+  for (int i = 0; i < kUnionWords; ++i) {
+    if (shared.required[i] != 0) return i * kWarp + __ffs(static_cast<int>(shared.required[i])) - 1;
+  }
+  return 0;
+}
+
+// A padded row: an expert that is active anyway, at weight 0.
+__device__ __forceinline__ void pad_row(const Call& call, int row, const Shared& shared) {
+  const int lane = threadIdx.x % kWarp;
+  if (lane >= call.top_k) return;
+  store_id(call.out_ids, row, lane, lowest_required(shared));
+  store_float(call.out_weights, row, lane, 0.0f);
+}
+
+__device__ __forceinline__ void add_statistics(const Call& call, const uint32_t* required,
+                                               const uint32_t* before, const uint32_t* after,
+                                               int num_live, int num_moved) {
+  if (num_live == 0) return;
+  int active = 0;
+  int active_base = 0;
+  int critical = 0;
+  for (int i = 0; i < kUnionWords; ++i) {
+    active += popcount(after[i]);
+    active_base += popcount(before[i]);
+    critical += popcount(after[i] & ~required[i]);
+  }
+  call.statistics[kCalls] += 1;
+  call.statistics[kRows] += num_live;
+  call.statistics[kActive] += active;
+  call.statistics[kActiveBase] += active_base;
+  call.statistics[kMovedSlots] += num_moved;
+  call.statistics[kCritical] += critical;
+}
+
+template <bool kPacked, int kPerLane>
+__global__ void __launch_bounds__(kOneBlockWarps<kPacked, kPerLane>* kWarp, 1)
+    route_one_block(const __grid_constant__ Call call) {
+  using States = RowState[kOneBlockRows];
+  SIMT_SHARED(Shared, shared);
+  SIMT_SHARED(States, states);
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const int num_warps = blockDim.x / kWarp;
+  clear(shared);
+  const int thread = threadIdx.x;
+  const bool is_live = thread < call.num_rows && call.policy_ids[thread] != kPad;
+  const int num_live = __syncthreads_count(is_live);
+  const int step = find_step(call, num_live);
+  for (int row = warp; row < call.num_rows; row += num_warps) {
+    const int policy_id = call.policy_ids[row];
+    if (policy_id == kPad) continue;
+    WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, true);
+    int order = 0;
+    const int guaranteed = decide(live, order);
+    if (lane < kMaxTopK) states[row].order[lane] = static_cast<uint16_t>(order);
+    if (lane == 0) {
+      states[row].guaranteed = guaranteed;
+      states[row].softmax = live.softmax();
+    }
+  }
+  __syncthreads();
+  for (int row = warp; row < call.num_rows; row += num_warps) {
+    const int policy_id = call.policy_ids[row];
+    if (policy_id == kPad) {
+      pad_row(call, row, shared);
+      continue;
+    }
+    WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, true,
+                                    states[row].softmax);
+    const int order = lane < kMaxTopK ? states[row].order[lane] : 0;
+    settle(live, order, states[row].guaranteed);
+  }
+  write_union(call, shared);
+  if (call.statistics == nullptr) return;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    add_statistics(call, shared.required, shared.before, shared.after, num_live, shared.num_moved);
+  }
+}
+
+// Every block counts all rows: cheaper than another launch that counts them once.
+__device__ __forceinline__ int count_live(const Call& call, Shared& shared) {
+  int mine = 0;
+  for (int row = threadIdx.x; row < call.num_rows; row += blockDim.x) {
+    mine += call.policy_ids[row] != kPad;
+  }
+  const int total = __reduce_add_sync(kAll, mine);
+  if (threadIdx.x % kWarp == 0) atomicAdd(&shared.num_live, total);
+  __syncthreads();
+  return shared.num_live;
+}
+
+template <bool kPacked, int kPerLane>
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
+    decide_rows(const __grid_constant__ Call call) {
+  SIMT_SHARED(Shared, shared);
+  simt::grid_dependency_launch();
+  Workspace& workspace = *reinterpret_cast<Workspace*>(call.workspace);
+  clear(shared);
+  __syncthreads();
+  const int step = call.num_steps > 1 ? find_step(call, count_live(call, shared)) : 0;
+  const int stride = gridDim.x * kWarps;
+  for (int row = blockIdx.x * kWarps + threadIdx.x / kWarp; row < call.num_rows; row += stride) {
+    const int policy_id = call.policy_ids[row];
+    if (policy_id == kPad) continue;
+    WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, true);
+    int order = 0;
+    decide(live, order);
+  }
+  __syncthreads();
+  if (threadIdx.x < kUnionWords) {
+    workspace.required[blockIdx.x][threadIdx.x] = shared.required[threadIdx.x];
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) workspace.num_done = 0;
+}
+
+// The union over blocks of one word of their sets. Every lane of the warp gets it.
+__device__ __forceinline__ uint32_t gather(const uint32_t (*parts)[kUnionWords], int word) {
+  uint32_t found = 0;
+  for (int block = threadIdx.x % kWarp; block < static_cast<int>(gridDim.x); block += kWarp) {
+    found |= parts[block][word];
+  }
+  return __reduce_or_sync(kAll, found);
+}
+
+// The last block to finish adds up what all blocks found.
+__device__ __forceinline__ void finish_statistics(const Call& call, Workspace& workspace,
+                                                  Shared& shared, int num_live) {
+  __syncthreads();
+  if (threadIdx.x < kUnionWords) {
+    workspace.before[blockIdx.x][threadIdx.x] = shared.before[threadIdx.x];
+    workspace.after[blockIdx.x][threadIdx.x] = shared.after[threadIdx.x];
+  }
+  if (threadIdx.x == 0) workspace.num_moved[blockIdx.x] = shared.num_moved;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.is_last = atomicInc(&workspace.num_done, gridDim.x - 1) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!shared.is_last) return;
+  __threadfence();
+  for (int word = threadIdx.x / kWarp; word < kUnionWords; word += kWarps) {
+    shared.before[word] = gather(workspace.before, word);
+    shared.after[word] = gather(workspace.after, word);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  int num_moved = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) num_moved += workspace.num_moved[block];
+  add_statistics(call, shared.required, shared.before, shared.after, num_live, num_moved);
+}
+
+template <bool kPacked, int kPerLane>
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
+    settle_rows(const __grid_constant__ Call call) {
+  SIMT_SHARED(Shared, shared);
+  Workspace& workspace = *reinterpret_cast<Workspace*>(call.workspace);
+  const int warp = threadIdx.x / kWarp;
+  clear(shared);
+  __syncthreads();
+  const bool counts = call.num_steps > 1 || call.statistics != nullptr;
+  const int num_live = counts ? count_live(call, shared) : 0;
+  const int step = find_step(call, num_live);
+  bool waits = true;
+  const int stride = gridDim.x * kWarps;
+  // every warp comes by at least once, rows or not: the block meets at the barrier inside
+  for (int row = blockIdx.x * kWarps + warp; waits || row < call.num_rows; row += stride) {
+    const int policy_id = row < call.num_rows ? call.policy_ids[row] : kPad;
+    WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, false);
+    int order = 0;
+    const int guaranteed = policy_id == kPad ? 0 : decide(live, order);
+    if (waits) {
+      simt::grid_dependency_wait();
+      for (int word = warp; word < kUnionWords; word += kWarps) {
+        const uint32_t found = gather(workspace.required, word);
+        if (threadIdx.x % kWarp == 0) shared.required[word] = found;
+      }
+      __syncthreads();
+      waits = false;
+    }
+    if (policy_id != kPad) {
+      settle(live, order, guaranteed);
+    } else if (row < call.num_rows) {
+      pad_row(call, row, shared);
+    }
+  }
+  if (blockIdx.x == 0) write_union(call, shared);
+  if (call.statistics != nullptr) finish_statistics(call, workspace, shared, num_live);
+}
+
+template <bool kPacked, int kPerLane>
+cudaError_t launch(const Call& call, cudaStream_t stream) {
+  if (call.num_rows <= kOneBlockRows) {
+    const int rows = call.num_rows < 1 ? 1 : call.num_rows;
+    const int warps = smaller(rows, kOneBlockWarps<kPacked, kPerLane>);
+    return SIMT_LAUNCH((route_one_block<kPacked, kPerLane>), dim3(1), dim3(warps * kWarp), 0,
+                       stream, call);
+  }
+  const int wanted = (call.num_rows + kWarps - 1) / kWarps;
+  const dim3 grid(wanted < kMaxBlocks ? wanted : kMaxBlocks);
+  const dim3 block(kWarps * kWarp);
+  const cudaError_t error =
+      SIMT_LAUNCH((decide_rows<kPacked, kPerLane>), grid, block, 0, stream, call);
+  if (error != cudaSuccess) return error;
+  return SIMT_LAUNCH_DEPENDENT((settle_rows<kPacked, kPerLane>), grid, block, 0, stream, call);
+}
+
+template <bool kPacked>
+cudaError_t launch_for_experts(const Call& call, cudaStream_t stream) {
+  if (call.num_experts <= 64) return launch<kPacked, 2>(call, stream);
+  if (call.num_experts <= 128) return launch<kPacked, 4>(call, stream);
+  if (call.num_experts <= 256) return launch<kPacked, 8>(call, stream);
+  return launch<kPacked, 16>(call, stream);
+}
+
+// Run one call on `stream`. All pointers of `call` are device memory; `workspace` is needed above
+// kOneBlockRows rows.
+inline cudaError_t route(const Call& call, cudaStream_t stream) {
+  const bool is_packed = call.scores.type != FloatType::float32 && call.bias == nullptr &&
+                         call.num_groups == 1;
+  return is_packed ? launch_for_experts<true>(call, stream)
+                   : launch_for_experts<false>(call, stream);
+}
+
+}  // namespace moe_routing::cuda

@@ -1,0 +1,93 @@
+// What one re-routing call is made of. Plain data: the same structures are read by CPU threads, CUDA
+// kernels and the simulator.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MOE_ROUTING_FN __host__ __device__ __forceinline__
+#define MOE_ROUTING_ROLLED _Pragma("unroll 1")  // registers are worth more than loop overhead
+#else
+#define MOE_ROUTING_ROLLED
+#define MOE_ROUTING_FN inline __attribute__((always_inline))
+#endif
+
+namespace moe_routing {
+
+constexpr int kMaxExperts = 512;
+constexpr int kMaxTopK = 16;
+constexpr int kMaxGroups = 32;
+constexpr int kPad = -1;  // policy id of a padded row
+constexpr int kUnionWords = kMaxExperts / 32;
+
+enum class FloatType : int32_t { float32, bfloat16, float16 };
+
+enum class Kind : int32_t { vanilla, topk, oea, sere };
+
+// From logits to gates. `given`: scores and gates both come from the caller.
+enum class Scoring : int32_t { softmax, sigmoid, sqrtsoftplus, given };
+
+// What one policy does at one step of the number of live rows: eight 32-bit words of the policy
+// table, an int32 tensor [num_policies, num_steps, 8].
+struct Policy {
+  Kind kind;
+  int32_t count;      // experts that a row is guaranteed: k0 of topk and oea, S of sere
+  float p;            // oea: share of the gate mass at which a row needs no further expert
+  int32_t k_max;      // oea: most experts of a row
+  int32_t max_rank;   // oea: ranks from here on may not piggyback
+  float threshold;    // sere: similarity below which an expert is critical
+  int32_t artifact;   // sere: which similarity matrix
+  int32_t start;      // live rows from which this step holds; the same for all policies
+};
+static_assert(sizeof(Policy) == 32, "one policy is eight words of the table");
+
+// Columns of the statistics of one layer, int64, summed over calls.
+enum Statistic { kCalls, kRows, kActive, kActiveBase, kMovedSlots, kCritical, kNumStatistics };
+
+// A float matrix with a row stride; neighbouring elements of a row are adjacent.
+struct FloatRows {
+  const void* data = nullptr;
+  int32_t stride = 0;  // elements; every offset of a call fits 31 bits
+  FloatType type = FloatType::float32;
+};
+
+// An integer matrix of 4 or 8 bytes an element.
+struct IdRows {
+  const void* data = nullptr;
+  int32_t stride = 0;
+  bool is_wide = false;
+};
+
+// Everything that a call reads and writes. Pointers are valid on the device that runs it.
+struct Call {
+  int32_t num_rows = 0;
+  int32_t num_experts = 0;
+  int32_t top_k = 0;
+
+  FloatRows scores;             // router logits, or ranking scores under Scoring::given
+  FloatRows gates;              // float32; only under Scoring::given
+  const float* bias = nullptr;  // [num_experts], added to the gates for ranking only; may be null
+  Scoring scoring = Scoring::softmax;
+  int32_t num_groups = 1;
+  int32_t top_groups = 1;
+  bool renormalize = true;
+  float scale = 1.0f;
+
+  IdRows topk_ids;         // the engine's choice; data is null where this call makes the choice
+  FloatRows topk_weights;  // its weights
+
+  const int32_t* policy_ids = nullptr;  // [num_rows]
+  const Policy* policies = nullptr;     // [num_policies, num_steps]
+  int32_t num_steps = 1;
+  int32_t num_policies = 0;
+  const float* similarity = nullptr;  // [num_artifacts, num_experts, num_experts]
+
+  IdRows out_ids;         // written; may be topk_ids itself
+  FloatRows out_weights;  // written; may be topk_weights itself
+  uint8_t* out_union = nullptr;           // [num_experts], 1 for experts that some row requires
+  int64_t* statistics = nullptr;          // [kNumStatistics], added to; null: nothing is counted
+  uint32_t* workspace = nullptr;          // two-launch form only: kWorkspaceWords, any contents
+
+  MOE_ROUTING_FN bool chooses() const { return topk_ids.data == nullptr; }
+};
+
+}  // namespace moe_routing

@@ -1,0 +1,234 @@
+// The re-routing of one row of one MoE call. SERE: arXiv 2602.07616; OEA: arXiv 2511.02237.
+//
+// The algorithm is written once, over a `Row` that a backend provides: a warp of a GPU, or one CPU
+// thread. Control flow and plain values are uniform over the lanes of a row. What a backend spreads
+// over lanes hides behind two types, `Ints` and `Floats`: one value for each of the top_k slots.
+//
+// A call has two passes with a barrier of all rows between them:
+//   decide   what the row insists on; the union over all live rows is U
+//   settle   which experts and weights the row ends up with, given U
+//
+// `Row` offers
+//   call(), kind(), policy()            the data; the row's policy, which a vanilla row may lack
+//   get(slots, t), put(slots, t, v)     one slot, the same for all lanes
+//   at(slots, t)                        a slot inside the function given to `which` or `write`
+//   which(f)                            bit mask of the slots t for which f(t) holds
+//   sum(floats)                         sum over the slots
+//   open()                              read the row's scores, unless done; every expert is then
+//                                       in the pool
+//   softmax()                           the row's denominators, known after `open`; a backend
+//                                       hands them from pass 1 to pass 2 with `order`
+//   rank_base(order)                    the engine's valid choices, best first, leave the pool for
+//                                       order[0..n); returns n
+//   pop()                               the best expert of the pool leaves it; -1 if it is empty
+//   remove(e), keep_union()             drop one expert, or all those outside U, from the pool
+//   num_before(e)                       how many experts of the pool ranked before e, when
+//                                       `keep_union` was called
+//   base_ids(), base_weights()          the engine's choice; -1 and 0 where an id is invalid
+//   gates_of(ids, n)                    combine weights of the first n ids, 0 for other slots
+//   gate_total()                        sum of the combine weights of all experts
+//   require(ids, n), require_base()     put experts into U
+//   in_union(e), nearest(u)             read U: membership; the most similar expert to u in U
+//   write(f), copy_base()               emit the row: f(t) gives slot t's {id, weight}
+//   mark(which, ids, n), add_moved(n)   statistics
+#pragma once
+#include "numbers.h"
+
+namespace moe_routing {
+
+struct Expert {
+  int id;
+  float weight;
+};
+
+struct Neighbour {
+  int id;
+  float similarity;
+};
+
+// What the softmax of a row needs besides its logits. Factors cancel where weights are renormalised.
+struct Softmax {
+  float top = 0.0f;  // largest logit, at most kLargest
+  float inverse_total = 1.0f;
+};
+
+enum class Experts { before, after };  // of the re-routing
+
+MOE_ROUTING_FN int popcount(unsigned bits) {
+#if defined(__CUDA_ARCH__)
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
+// The combine weight of an expert before any normalisation over the chosen ones.
+MOE_ROUTING_FN float gate_of_logit(Scoring scoring, float logit, const Softmax& softmax) {
+  if (is_nan(logit)) return 0.0f;
+  const float x = logit < kLargest ? logit : kLargest;
+  if (scoring == Scoring::softmax) {
+    return softmax.top >= -kLargest ? exponential(x - softmax.top) * softmax.inverse_total : 0.0f;
+  }
+  if (scoring == Scoring::sigmoid) return 1.0f / (1.0f + exponential(-x));
+  return sqrtf(x > 20.0f ? x : log1pf(exponential(x)));
+}
+
+// How a score counts towards the strength of its group: NaN below everything, infinities as the
+// largest numbers, so that sums of two stay ordered.
+MOE_ROUTING_FN float group_score(float score) {
+  if (is_nan(score)) return minus_infinity();
+  return score > kLargest ? kLargest : score < -kLargest ? -kLargest : score;
+}
+
+MOE_ROUTING_FN int smaller(int a, int b) { return a < b ? a : b; }
+
+// The step of the policy table that holds for this many live rows.
+MOE_ROUTING_FN int find_step(const Call& call, int num_live) {
+  int step = 0;
+  while (step + 1 < call.num_steps && call.policies[step + 1].start <= num_live) ++step;
+  return step;
+}
+
+// The policy of a row; null, which means vanilla, for an id outside the table.
+MOE_ROUTING_FN const Policy* find_policy(const Call& call, int policy_id, int step) {
+  if (policy_id < 0 || policy_id >= call.num_policies) return nullptr;
+  return call.policies + (policy_id * call.num_steps + step);
+}
+
+template <class Row>
+MOE_ROUTING_FN int num_guaranteed(Row& row, const typename Row::Ints& order) {
+  const int k = row.call().top_k;
+  if (row.kind() == Kind::vanilla) return k;
+  const Policy& policy = row.policy();
+  const int count = smaller(policy.count, k);
+  if (row.kind() != Kind::oea || policy.p >= 1.0f) return count;
+  const auto gates = row.gates_of(order, k);  // OEA, Algorithm 2, phase 1
+  const float total = row.gate_total();
+  float mass = 0.0f;
+  MOE_ROUTING_ROLLED
+  for (int t = 0; t < count; ++t) {
+    mass += row.get(gates, t);
+    if (mass / total >= policy.p) return t + 1;  // never without any mass: NaN compares false
+  }
+  return count;
+}
+
+// Pass 1. Fills `order`, the row's first top_k experts in rank order, and returns how many of them
+// it insists on. A vanilla row whose choice the engine made insists on that choice as it stands;
+// its order is not needed and not made.
+template <class Row>
+MOE_ROUTING_FN int decide(Row& row, typename Row::Ints& order) {
+  const Call& call = row.call();
+  if (!call.chooses() && row.kind() == Kind::vanilla) {
+    row.require_base();
+    return 0;
+  }
+  row.open();
+  MOE_ROUTING_ROLLED
+  for (int n = row.rank_base(order); n < call.top_k; ++n) row.put(order, n, row.pop());
+  const int guaranteed = num_guaranteed(row, order);
+  row.require(order, guaranteed);
+  return guaranteed;
+}
+
+// The weights that the model gives the first `n` experts of `ids`; 0 in the other slots.
+template <class Row>
+MOE_ROUTING_FN typename Row::Floats weigh(Row& row, const typename Row::Ints& ids, int n) {
+  const Call& call = row.call();
+  const auto gates = row.gates_of(ids, n);
+  if (!call.renormalize) return gates * call.scale;
+  const float total = row.sum(gates);
+  const float wanted = call.chooses() ? call.scale : row.sum(row.base_weights());
+  return total > 0.0f ? gates / total * wanted : gates;
+}
+
+// Count the experts that the row had and has, and the slots whose expert it no longer uses.
+template <class Row>
+MOE_ROUTING_FN void tally(Row& row, const typename Row::Ints& base, const typename Row::Ints& ids,
+                          int n) {
+  if (row.call().statistics == nullptr) return;
+  row.mark(Experts::before, base, row.call().top_k);
+  row.mark(Experts::after, ids, n);
+  unsigned moved = row.which([&](int t) { return row.at(base, t) >= 0; });
+  MOE_ROUTING_ROLLED
+  for (int s = 0; s < n; ++s) {
+    const int used = row.get(ids, s);
+    moved &= ~row.which([&](int t) { return row.at(base, t) == used; });
+  }
+  row.add_moved(popcount(moved));
+}
+
+// OEA: after the guaranteed experts come those of U, in the row's own order of preference.
+// Fills `chosen`, which starts as `order`, and returns how many experts the row has then.
+template <class Row>
+MOE_ROUTING_FN int piggyback(Row& row, const typename Row::Ints& order, int guaranteed,
+                             typename Row::Ints& chosen) {
+  const int k = row.call().top_k;
+  const int num_experts = row.call().num_experts;
+  const int limit = smaller(row.policy().k_max, k);
+  const int max_rank = smaller(row.policy().max_rank, num_experts);
+  unsigned loaded = row.which([&](int t) {
+    return t >= guaranteed && t < max_rank && row.in_union(row.at(order, t));
+  });
+  int n = guaranteed;
+  MOE_ROUTING_ROLLED
+  for (int t = 0; loaded != 0 && n < limit; ++t, loaded >>= 1) {
+    if (loaded & 1u) row.put(chosen, n++, row.get(order, t));
+  }
+  if (n >= limit || max_rank <= k) return n;
+  MOE_ROUTING_ROLLED
+  for (int t = 0; t < k; ++t) row.remove(row.get(order, t));
+  row.keep_union();
+  while (n < limit) {
+    const int expert = row.pop();
+    if (expert < 0) break;
+    if (max_rank < num_experts && k + row.num_before(expert) >= max_rank) break;
+    row.put(chosen, n++, expert);
+  }
+  return n;
+}
+
+// SERE: a slot whose expert nobody loads moves to the most similar expert of U, unless that is not
+// similar enough. A row's first S experts are in U, so they stay by themselves.
+template <class Row>
+MOE_ROUTING_FN typename Row::Ints stand_ins(Row& row, const typename Row::Ints& base, int first) {
+  typename Row::Ints ids = base;
+  const unsigned invalid = row.which([&](int t) { return row.at(base, t) < 0; });
+  for (int t = 0; invalid >> t != 0; ++t) {
+    if (invalid >> t & 1u) row.put(ids, t, first);
+  }
+  const unsigned homeless = row.which([&](int t) { return !row.in_union(row.at(ids, t)); });
+  MOE_ROUTING_ROLLED
+  for (int t = 0; homeless >> t != 0; ++t) {
+    if ((homeless >> t & 1u) == 0) continue;
+    const Neighbour nearest = row.nearest(row.get(ids, t));
+    if (!(nearest.similarity < row.policy().threshold)) row.put(ids, t, nearest.id);
+  }
+  return ids;
+}
+
+// Pass 2. `order` and `guaranteed` are what `decide` made of the row. Free slots repeat the first
+// expert at weight 0, so that a filler never activates an expert.
+template <class Row>
+MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, int guaranteed) {
+  const Call& call = row.call();
+  const Kind kind = row.kind();
+  const bool is_untouched = kind == Kind::vanilla && !call.chooses();
+  const typename Row::Ints base = call.chooses() ? order : row.base_ids();
+  if (is_untouched) {
+    tally(row, base, base, call.top_k);
+    return row.copy_base();
+  }
+  if (kind == Kind::oea || call.num_groups > 1) row.open();
+  typename Row::Ints ids = order;
+  int n = kind == Kind::topk ? guaranteed : call.top_k;
+  if (kind == Kind::oea) n = piggyback(row, order, guaranteed, ids);
+  const bool keeps_weights = kind == Kind::sere && !call.chooses();
+  const auto weights = keeps_weights ? row.base_weights() : weigh(row, ids, n);
+  const int first = row.get(order, 0);
+  if (kind == Kind::sere) ids = stand_ins(row, base, first);
+  tally(row, base, ids, n);
+  row.write([&](int t) { return Expert{t < n ? row.at(ids, t) : first, row.at(weights, t)}; });
+}
+
+}  // namespace moe_routing

@@ -1,0 +1,30 @@
+"""Compiled kernels for the re-routing: built on first use, chosen once, called through torch ops."""
+
+from .native import (
+    CACHE,
+    CHOICE,
+    TARGET_ARCHITECTURES,
+    Implementation,
+    build_cpu,
+    build_cuda,
+    choose,
+)
+from .ops import fused, fused_out, refine, refine_out, workspace
+from .table import KernelTable, compile_table
+
+__all__ = [
+    "CACHE",
+    "CHOICE",
+    "TARGET_ARCHITECTURES",
+    "Implementation",
+    "KernelTable",
+    "build_cpu",
+    "build_cuda",
+    "choose",
+    "compile_table",
+    "fused",
+    "fused_out",
+    "refine",
+    "refine_out",
+    "workspace",
+]

@@ -1,0 +1,288 @@
+"""Find, build and load the compiled kernels.
+
+The wheel carries sources. They are compiled on first use, or ahead of time by ``sglang-moe-routing
+build``, into one cache folder whose subfolders are named after everything that went into them, so
+that no stale binary is ever picked up. Without a compiler the torch reference serves; a build that
+fails is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import KernelError
+
+CHOICE = "SGLANG_MOE_ROUTING_KERNELS"
+"""``auto`` (default): compiled kernels where they exist or can be built, else the torch reference;
+``native``: compiled kernels or an error; ``torch``: the reference."""
+
+CACHE = "SGLANG_MOE_ROUTING_CACHE"
+"""Folder of compiled kernels; ``sglang-moe-routing`` in the user's cache folder if unset."""
+
+INSTRUCTION_SET = "SGLANG_MOE_ROUTING_CPU_ISA"
+"""``avx512``, ``avx2`` or ``portable``; the fastest that the processor has if unset."""
+
+TARGET_ARCHITECTURES = ("8.0", "8.9", "9.0", "10.0", "12.0")
+"""CUDA compute capabilities that the kernels are written for."""
+
+REFERENCE = "torch reference"
+
+Backend = Literal["cpu", "cuda"]
+
+_FLAGS = ("-O3", "-fopenmp-simd")
+_CUDA_FLAGS = ("-O3",)
+_READY = "ready"  # written last: other processes must not load a half-linked file
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What runs the re-routing on one kind of device.
+
+    Attributes:
+        name: such as ``cuda``, ``cpu avx512`` or ``torch reference``.
+        reason: why this one.
+        module: the compiled functions; None for the reference.
+    """
+
+    name: str
+    reason: str
+    module: Any = None
+
+    @property
+    def is_native(self) -> bool:
+        return self.module is not None
+
+
+@cache
+def choose(backend: Backend) -> Implementation:
+    """The implementation for a device type. Compiles it if need be: not inside a forward.
+
+    Raises:
+        KernelError: the build fails, or ``native`` is asked for and cannot be had.
+    """
+    choice = os.environ.get(CHOICE, "auto")
+    if choice not in ("auto", "native", "torch"):
+        raise KernelError(f"{CHOICE}={choice!r} is not one of auto, native, torch")
+    if choice == "torch":
+        return Implementation(REFERENCE, f"{CHOICE}=torch")
+    architectures = (_device_architecture(),) if backend == "cuda" else ()
+    folder = _find_built(backend, architectures)
+    reason = f"compiled in {folder}"
+    if folder is None:
+        missing = _missing_tools(backend)
+        if missing and choice == "native":
+            raise KernelError(f"{CHOICE}=native, but {missing}")
+        if missing:
+            logger.warning("the torch reference does the re-routing: %s", missing)
+            return Implementation(REFERENCE, missing)
+        folder = _build(backend, architectures)
+        reason = f"compiled now in {folder}"
+    module = _load(folder, backend)
+    return Implementation(_describe(backend, module), reason, module)
+
+
+def build_cpu() -> Path:
+    """Compile the CPU kernels unless done before. Returns their folder. Raises `KernelError`."""
+    return _find_built("cpu", ()) or _build("cpu", ())
+
+
+def build_cuda(architectures: Sequence[str]) -> Path:
+    """Compile the CUDA kernels for compute capabilities such as ``9.0``; needs no GPU.
+
+    Returns:
+        Their folder. Raises `KernelError`.
+    """
+    for architecture in architectures:
+        major, dot, minor = architecture.partition(".")
+        if not (major.isdecimal() and dot and minor.isdecimal()):
+            raise KernelError(f"architecture {architecture!r}: expected one such as 9.0")
+    wanted = tuple(sorted(architectures, key=_numbers))
+    return _find_built("cuda", wanted) or _build("cuda", wanted)
+
+
+def sources() -> Path:
+    """The folder ``csrc``, in a checkout or in an installed package. Raises `KernelError`."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "include").is_dir():
+            return folder
+    raise KernelError("this installation has no kernel sources (csrc)")
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels lie."""
+    given = os.environ.get(CACHE)
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sglang-moe-routing"
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or that of the nvcc on PATH, or /usr/local/cuda."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return _require_toolkit(Path(os.environ[name]), name)
+    nvcc = shutil.which("nvcc")
+    guesses = [Path("/usr/local/cuda")]
+    if nvcc:
+        guesses.insert(0, Path(nvcc).resolve().parents[1])
+    return next((home for home in guesses if _is_toolkit(home)), None)
+
+
+def _require_toolkit(home: Path, name: str) -> Path:
+    if not _is_toolkit(home):
+        raise KernelError(f"{name}={home} holds no CUDA toolkit (bin/nvcc, include/cuda_runtime.h)")
+    return home
+
+
+def _is_toolkit(home: Path) -> bool:
+    return (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists()
+
+
+def _missing_tools(backend: Backend) -> str:
+    """What keeps us from compiling; empty if nothing does."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler {compiler!r} on PATH"
+    if backend == "cuda" and cuda_home() is None:
+        return "no CUDA toolkit (CUDA_HOME is not set, no nvcc on PATH)"
+    return ""
+
+
+def _numbers(architecture: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in architecture.split("."))
+
+
+def _device_architecture() -> str:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}"
+
+
+def _runs_on(built: str, device: str) -> bool:
+    """A cubin runs on its own compute capability and later ones of the same major version."""
+    return _numbers(built)[0] == _numbers(device)[0] and _numbers(built) <= _numbers(device)
+
+
+def _files(backend: Backend) -> tuple[list[Path], list[Path]]:
+    """Sources to compile, and everything that they may include."""
+    folder = sources()
+    compiled = sorted((folder / backend).glob("*.cu" if backend == "cuda" else "*.cpp"))
+    included = [p for p in folder.rglob("*.*") if p.suffix in (".h", ".cuh")]
+    return compiled, sorted(included)
+
+
+def _fingerprint(backend: Backend) -> str:
+    """Digest of everything that goes into a binary, but for the CUDA architectures."""
+    digest = hashlib.sha256()
+    folder = sources()
+    for path in sum(_files(backend), []):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    flags = (*_FLAGS, *_CUDA_FLAGS)
+    described = (flags, version("apache-tvm-ffi"), platform.machine(), os.environ.get("CXX", "c++"))
+    digest.update(repr(described).encode())
+    return digest.hexdigest()[:16]
+
+
+def _find_built(backend: Backend, wanted: Sequence[str]) -> Path | None:
+    """A finished folder whose binary runs on every wanted architecture."""
+    for ready in sorted(cache_folder().glob(f"{backend}-{_fingerprint(backend)}*/{_READY}")):
+        built = ready.read_text().split()
+        if all(any(_runs_on(b, w) for b in built) for w in wanted):
+            return ready.parent
+    return None
+
+
+def _build(backend: Backend, architectures: Sequence[str]) -> Path:
+    missing = _missing_tools(backend)
+    if missing:
+        raise KernelError(f"cannot compile the {backend} kernels: {missing}")
+    name = "-".join([backend, _fingerprint(backend), *architectures])
+    folder = cache_folder() / name
+    logger.warning("compiling the %s kernels into %s (once)", backend, folder)
+    import tvm_ffi.cpp
+
+    compiled, _ = _files(backend)
+    try:
+        with _build_environment(backend, architectures):
+            tvm_ffi.cpp.build(
+                _library_name(backend),
+                sources=[str(path) for path in compiled],
+                extra_cflags=list(_FLAGS),
+                extra_cuda_cflags=list(_CUDA_FLAGS),
+                extra_ldflags=_link_flags(backend),
+                extra_include_paths=[str(sources() / "include"), str(sources())],
+                build_directory=str(folder),
+                backend="cuda" if backend == "cuda" else None,
+            )
+        (folder / _READY).write_text(" ".join(architectures))
+    except (RuntimeError, OSError) as error:
+        raise KernelError(f"compiling the {backend} kernels in {folder} failed:\n{error}") from error
+    return folder
+
+
+@contextmanager
+def _build_environment(backend: Backend, architectures: Sequence[str]) -> Iterator[None]:
+    """What tvm-ffi reads from the environment, for the time of a build."""
+    import ninja
+
+    changes = {"PATH": os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])}
+    if backend == "cuda":
+        changes["CUDA_HOME"] = str(cuda_home())
+        changes["TVM_FFI_CUDA_ARCH_LIST"] = " ".join(architectures)
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _link_flags(backend: Backend) -> list[str]:
+    """Some toolkits keep the runtime library in lib, where tvm-ffi does not look."""
+    return [f"-L{cuda_home()}/lib"] if backend == "cuda" else []
+
+
+def _library_name(backend: Backend) -> str:
+    return f"moe_routing_{backend}"
+
+
+def _load(folder: Path, backend: Backend) -> Any:
+    import tvm_ffi
+
+    path = folder / f"{_library_name(backend)}.so"
+    try:
+        return tvm_ffi.load_module(str(path))
+    except (RuntimeError, OSError) as error:
+        raise KernelError(f"{path} cannot be loaded: {error}") from error
+
+
+def _describe(backend: Backend, module: Any) -> str:
+    if backend == "cuda":
+        return "cuda"
+    wanted = os.environ.get(INSTRUCTION_SET)
+    available = str(module.instruction_sets()).split()
+    if wanted is not None and wanted not in available:
+        raise KernelError(f"{INSTRUCTION_SET}={wanted!r} is not one of {', '.join(available)}")
+    name = wanted or available[0]
+    module.use_instruction_set(name)
+    return f"cpu {name}"

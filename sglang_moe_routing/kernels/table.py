@@ -1,0 +1,70 @@
+"""The policy table as the kernels read it: eight 32-bit words for each policy and step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..policies import OEA, SERE, Policy, PolicyTable, Router, TopK, Vanilla
+
+MAX_EXPERTS = 512
+MAX_TOP_K = 16
+MAX_GROUPS = 32
+
+_KINDS: dict[type[Policy], int] = {Vanilla: 0, TopK: 1, OEA: 2, SERE: 3}
+_INT32_WORDS = {"k0": 1, "num_primary": 1, "k_max": 3, "max_rank": 4, "artifact": 6}
+_FLOAT32_WORDS = {"p": 2, "threshold": 5}
+_START_WORD = 7
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """What every policy does on one layer, for every number of live rows.
+
+    Kernels read these tensors at every call, so a reload only has to rewrite their contents.
+
+    Attributes:
+        policies: int32 ``[num_policies, num_steps, 8]``; the words are those of ``Policy`` in
+            ``csrc/include/moe_routing/call.h``.
+        similarity: float32 ``[num_artifacts, num_experts, num_experts]``.
+    """
+
+    policies: Tensor
+    similarity: Tensor
+
+
+def unsupported(table: PolicyTable, router: Router, num_experts: int, top_k: int) -> str:
+    """Why the kernels cannot serve this layer; empty if they can."""
+    foreign = [kind.__name__ for kind in table.kinds if kind not in _KINDS]
+    if foreign:
+        return f"policies of kind {', '.join(foreign)} exist in Python only"
+    limits = {
+        "experts": (num_experts, MAX_EXPERTS),
+        "experts per token": (top_k, MAX_TOP_K),
+        "expert groups": (router.num_groups, MAX_GROUPS),
+    }
+    for what, (value, limit) in limits.items():
+        if value > limit:
+            return f"{value} {what} are more than the {limit} that the kernels hold"
+    return ""
+
+
+def compile_table(table: PolicyTable) -> KernelTable:
+    """Lay `table` out for the kernels, on the same device. See `unsupported` for its limits."""
+    kinds = torch.tensor([_KINDS[kind] for kind in table.kinds], dtype=torch.int32)
+    words = torch.zeros(*table.kind.shape, 8, dtype=torch.int32)
+    words[..., 0] = kinds[table.kind.cpu()]
+    words[:, 1:, _START_WORD] = table.starts.cpu().int()
+    for name, values in table.parameters.items():
+        if name in _INT32_WORDS:
+            words[..., _INT32_WORDS[name]] |= values.cpu().int()
+        else:
+            bits = values.cpu().float().view(torch.int32)
+            words[..., _FLOAT32_WORDS[name]] = bits
+    device = table.kind.device
+    return KernelTable(
+        policies=words.to(device),
+        similarity=table.similarity.contiguous(),
+    )

@@ -1,0 +1,325 @@
+"""MoE calls for tests: as data, drawn by hypothesis, answered by the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sglang_moe_routing.policies import (
+    OEA,
+    PAD,
+    SERE,
+    Policy,
+    PolicyTable,
+    TopK,
+    Vanilla,
+    build_table,
+)
+from tests import oracles
+
+Spec = dict[str, Any]
+
+# Products and sums of at most 8 float32 numbers: a few units in the last place of 2**-23 each.
+# bfloat16 weights are rounded once more on the way out, to half of 2**-7.
+WEIGHT_RTOL = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8 + 4e-6}
+# The gate mass is compared in float32 here and in float64 by the oracle; the cases keep every
+# partial mass this far from p, hundreds of times what 128 float32 additions can be off.
+MASS_MARGIN = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One MoE call: `row_specs[b]` indexes `specs`, None is a padded row."""
+
+    scores: Tensor
+    gates: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    specs: tuple[Spec, ...]
+    row_specs: tuple[int | None, ...]
+    artifacts: dict[str, Tensor]
+    renormalize: bool = True
+    scale: float = 1.0
+
+    @property
+    def num_rows(self) -> int:
+        return self.scores.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        return self.scores.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    @property
+    def live(self) -> list[int]:
+        return [b for b, index in enumerate(self.row_specs) if index is not None]
+
+    def spec(self, row: int) -> Spec | None:
+        index = self.row_specs[row]
+        return None if index is None else self.specs[index]
+
+    def rows(self, picked: Sequence[int]) -> Case:
+        """The same call with these rows, in this order."""
+        index = torch.tensor(picked, dtype=torch.long)
+        return replace(
+            self,
+            scores=self.scores[index],
+            gates=self.gates[index],
+            topk_ids=self.topk_ids[index],
+            topk_weights=self.topk_weights[index],
+            row_specs=tuple(self.row_specs[b] for b in picked),
+        )
+
+
+def to_policy(spec: Spec) -> Policy:
+    """The package's policy for the oracle's plain dict."""
+    if spec["kind"] == "vanilla":
+        return Vanilla()
+    if spec["kind"] == "topk":
+        return TopK(k0=spec["k0"])
+    if spec["kind"] == "sere":
+        return SERE(num_primary=spec["S"], threshold=spec["rho"])
+    return OEA(k0=spec["k0"], p=spec["p"], k_max=spec["k_max"], max_rank=spec["max_rank"])
+
+
+def table_of(case: Case) -> PolicyTable:
+    return build_table(
+        [to_policy(spec) for spec in case.specs],
+        layer=0,
+        top_k=case.top_k,
+        num_experts=case.num_experts,
+        similarity=case.artifacts,
+        artifacts=[spec.get("artifact") for spec in case.specs],
+    )
+
+
+def policy_ids(case: Case, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor([PAD if i is None else i for i in case.row_specs], dtype=dtype)
+
+
+def ask_oracle(case: Case) -> oracles.Routed:
+    specs: list[Spec | None] = []
+    for row in range(case.num_rows):
+        spec = case.spec(row)
+        if spec is not None and spec["kind"] == "sere":
+            spec = {**spec, "sim": case.artifacts[spec["artifact"]].float().numpy()}
+        specs.append(spec)
+    return oracles.reroute(
+        case.scores.numpy(),
+        case.gates.numpy(),
+        case.topk_ids.numpy(),
+        case.topk_weights.double().numpy(),
+        specs,
+        renormalize=case.renormalize,
+        scale=case.scale,
+    )
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The raw bits of a float tensor, so that NaN equals itself and -0.0 differs from 0.0."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def assert_same_bits(left: Tensor, right: Tensor) -> None:
+    assert left.dtype == right.dtype
+    assert left.shape == right.shape
+    assert torch.equal(bits(left.contiguous()), bits(right.contiguous()))
+
+
+def assert_close(weights: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(
+        weights.double(),
+        expected.double(),
+        rtol=WEIGHT_RTOL[weights.dtype],
+        atol=1e-30,
+        equal_nan=True,
+    )
+
+
+# --- cases -------------------------------------------------------------------------------------
+
+RHOS = (-0.75, 0.0, 0.25, 0.3, 0.5, 1.0, 1.5)
+
+
+@st.composite
+def spec_of(draw: st.DrawFn, num_experts: int, top_k: int, kinds: Sequence[str]) -> Spec:
+    """One policy of one of `kinds`, with every parameter that it has.
+
+    A `max_rank` far beyond the base hardly ever decides, so small ones are drawn.
+    """
+    kind = draw(st.sampled_from(kinds))
+    count = st.integers(1, top_k)
+    if kind == "vanilla":
+        return {"kind": kind}
+    if kind == "topk":
+        return {"kind": kind, "k0": draw(count)}
+    if kind == "sere":
+        artifact = draw(st.sampled_from(("a", "b")))
+        rho = draw(st.sampled_from(RHOS))
+        return {"kind": kind, "S": draw(count), "rho": rho, "artifact": artifact}
+    return {
+        "kind": kind,
+        "k0": draw(count),
+        "p": draw(st.sampled_from((1.0, 1.0, 0.9, 0.7, 0.5, 0.3, 0.05))),
+        "k_max": draw(st.none() | count),
+        "max_rank": draw(st.none() | st.integers(1, min(num_experts, top_k + 4))),
+    }
+
+
+def make_scores(rng: np.random.Generator, mode: str, shape: tuple[int, int]) -> np.ndarray:
+    if mode == "smooth":
+        scores = rng.standard_normal(shape)
+    else:
+        few = (-1.0, -0.0, 0.0, 0.5, 2.0)
+        special = (*few, np.nan, np.inf, -np.inf, 1e-42, -1e-42)
+        scores = rng.choice(few if mode == "ties" else special, shape)
+    return np.asarray(scores, dtype=np.float32)
+
+
+def make_gates(rng: np.random.Generator, mode: str, scores: np.ndarray) -> np.ndarray:
+    if mode == "softmax":
+        finite = np.nan_to_num(scores.astype(np.float64), nan=-9.0, posinf=9.0, neginf=-9.0)
+        gates = np.exp(finite) / np.exp(finite).sum(axis=1, keepdims=True)
+    elif mode == "uniform":
+        gates = rng.random(scores.shape)
+    else:
+        gates = rng.choice((0.0, 0.0, 0.25, 1.0, 1e-12, np.nan), scores.shape)
+    return np.asarray(gates, dtype=np.float32)
+
+
+def make_base(
+    rng: np.random.Generator, scores: np.ndarray, top_k: int, is_routers: bool
+) -> np.ndarray:
+    """Distinct ids in shuffled column order: the best by rank, or any (the engine's word)."""
+    rows = []
+    for row in scores:
+        everyone = np.arange(len(row))
+        best = np.lexsort((everyone, -row, np.isnan(row)))  # the last key counts first
+        best = best if is_routers else rng.permutation(everyone)
+        rows.append(rng.permutation(best[:top_k]))
+    return np.array(rows, dtype=np.int64).reshape(len(scores), top_k)
+
+
+def make_artifact(rng: np.random.Generator, mode: str, num_experts: int) -> Tensor:
+    size = (num_experts, num_experts)
+    if mode == "ties":
+        return torch.from_numpy(rng.integers(-4, 9, size) / 8).float()
+    matrix = torch.from_numpy(rng.uniform(-1, 1, size))
+    return matrix.half() if mode == "half" else matrix.float()
+
+
+def keep_off_thresholds(case: Case) -> Case:
+    """Move each p < 1 until no row's partial gate mass is close enough to it to be a matter of
+    rounding, and give rows without any gate mass some, because they have no partial mass."""
+    gates = case.gates.clone()
+    specs = [dict(spec) for spec in case.specs]
+    for index, spec in enumerate(specs):
+        if spec["kind"] != "oea" or spec["p"] >= 1.0:
+            continue
+        shares: list[float] = []
+        for row in case.live:
+            if case.row_specs[row] != index:
+                continue
+            if not gates[row].nansum() > 0:
+                gates[row] = 0.125
+            base = oracles.in_rank_order(case.topk_ids[row].tolist(), case.scores[row].tolist())
+            shares += oracles.mass_prefixes(gates[row].tolist(), base)
+        while any(abs(share - spec["p"]) < MASS_MARGIN for share in shares):
+            spec["p"] -= 3 * MASS_MARGIN
+    return replace(case, gates=gates, specs=tuple(specs))
+
+
+ALL_KINDS = ("vanilla", "topk", "oea", "sere")
+
+
+Shape = tuple[int, int, int]
+"""Rows, experts, experts per token."""
+
+
+@st.composite
+def small_shapes(draw: st.DrawFn) -> Shape:
+    """Sizes at which the oracle is quick."""
+    num_experts = draw(st.integers(2, 40) | st.integers(2, 40) | st.just(128))
+    return draw(st.integers(0, 12)), num_experts, draw(st.integers(1, min(num_experts, 8)))
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    kinds: Sequence[str] = ALL_KINDS,
+    min_rows: int = 0,
+    min_live: int = 0,
+    shapes: st.SearchStrategy[Shape] | None = None,
+) -> Case:
+    """A whole MoE call; sizes, modes and policies are drawn, values come from a drawn seed."""
+    num_rows, num_experts, top_k = draw(shapes if shapes is not None else small_shapes())
+    num_rows = max(num_rows, min_rows, min_live)
+    specs = draw(st.lists(spec_of(num_experts, top_k, kinds), min_size=1, max_size=5))
+    index = st.integers(0, len(specs) - 1)
+    row_specs = draw(
+        st.lists(st.none() | index | index, min_size=num_rows, max_size=num_rows).filter(
+            lambda drawn: sum(i is not None for i in drawn) >= min_live
+        )
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mode = draw(st.sampled_from(("smooth", "ties", "special")))
+    scores = make_scores(rng, mode, (num_rows, num_experts))
+    gates = make_gates(rng, draw(st.sampled_from(("softmax", "uniform", "holes"))), scores)
+    base = make_base(rng, scores, top_k, is_routers=draw(st.booleans()))
+    weights = torch.from_numpy(rng.uniform(0.01, 1.0, (num_rows, top_k)))
+    similarity = draw(st.sampled_from(("ties", "half", "smooth")))
+    return keep_off_thresholds(
+        Case(
+            scores=torch.from_numpy(scores),
+            gates=torch.from_numpy(gates),
+            topk_ids=torch.from_numpy(base).to(draw(st.sampled_from((torch.int32, torch.int64)))),
+            topk_weights=weights.to(draw(st.sampled_from((torch.float32, torch.bfloat16)))),
+            specs=tuple(specs),
+            row_specs=tuple(row_specs),
+            artifacts={name: make_artifact(rng, similarity, num_experts) for name in ("a", "b")},
+            renormalize=draw(st.booleans()),
+            scale=draw(st.sampled_from((1.0, 2.5))),
+        )
+    )
+
+
+def small_case(
+    specs: Sequence[Spec],
+    row_specs: Sequence[int | None],
+    *,
+    num_experts: int = 9,
+    top_k: int = 3,
+    seed: int = 0,
+) -> Case:
+    """A smooth call for tests that need no search."""
+    rng = np.random.default_rng(seed)
+    scores = make_scores(rng, "smooth", (len(row_specs), num_experts))
+    return Case(
+        scores=torch.from_numpy(scores),
+        gates=torch.from_numpy(make_gates(rng, "softmax", scores)),
+        topk_ids=torch.from_numpy(make_base(rng, scores, top_k, is_routers=True)),
+        topk_weights=torch.from_numpy(rng.uniform(0.1, 1, (len(row_specs), top_k))).float(),
+        specs=tuple(specs),
+        row_specs=tuple(row_specs),
+        artifacts={name: make_artifact(rng, "smooth", num_experts) for name in ("a", "b")},
+    )
+
+
+OEA_2: Spec = {"kind": "oea", "k0": 2, "p": 1.0, "k_max": None, "max_rank": None}
+SERE_1: Spec = {"kind": "sere", "S": 1, "rho": 0.0, "artifact": "b"}
+ONE_OF_EACH: tuple[Spec, ...] = (
+    {"kind": "vanilla"},
+    {"kind": "topk", "k0": 2},
+    OEA_2,
+    {"kind": "oea", "k0": 3, "p": 0.5, "k_max": 2, "max_rank": 6},
+    SERE_1,
+)

@@ -1,0 +1,185 @@
+"""Send re-routing calls to ``route_driver.cu``: the CUDA kernels on the simulator, or the CPU code."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglang_moe_routing.kernels import KernelTable
+from tests.kernels import building
+
+HERE = Path(__file__).parent
+BACKENDS = ("cuda", "avx512", "avx2", "portable")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "given")
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NUM_STATISTICS = 6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call left: outputs, statistics, and how many grids were launched."""
+
+    topk_ids: Tensor
+    topk_weights: Tensor
+    union: Tensor
+    statistics: list[int]
+    num_launches: int
+
+
+class Driver:
+    """A running driver program. A crash or a sanitizer's report fails the call that caused it."""
+
+    def __init__(self, program: Path) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        options = {
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
+        }
+        self._process = subprocess.Popen(
+            [str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **options},
+        )
+
+    def close(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._process.wait(timeout=60)
+        self._errors.close()
+
+    def run(
+        self,
+        scores: Tensor,
+        policy_ids: Tensor,
+        table: KernelTable,
+        *,
+        top_k: int,
+        backend: str = "cuda",
+        seed: int = 0,
+        topk_ids: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        gates: Tensor | None = None,
+        bias: Tensor | None = None,
+        scoring: str = "softmax",
+        num_groups: int = 1,
+        top_groups: int = 1,
+        renormalize: bool = True,
+        scale: float = 1.0,
+        counts: bool = True,
+    ) -> Outcome:
+        """One call. Tensors may have any row stride; absent `topk_ids` means the fused form.
+
+        Raises:
+            AssertionError: the driver died; the message is what it said.
+        """
+        num_rows, num_experts = scores.shape
+        id_type = torch.int32 if topk_ids is None else topk_ids.dtype
+        weight_type = torch.float32 if topk_weights is None else topk_weights.dtype
+        num_policies, num_steps, _ = table.policies.shape
+        header = struct.pack(
+            "=11if11i",
+            BACKENDS.index(backend),
+            seed,
+            num_rows,
+            num_experts,
+            top_k,
+            _TYPES[scores.dtype],
+            _stride(scores),
+            SCORINGS.index(scoring),
+            num_groups,
+            top_groups,
+            renormalize,
+            scale,
+            gates is not None,
+            bias is not None,
+            topk_ids is not None,
+            id_type == torch.int64,
+            top_k if topk_ids is None else _stride(topk_ids),
+            _TYPES[weight_type],
+            top_k if topk_weights is None else _stride(topk_weights),
+            num_policies,
+            num_steps,
+            table.similarity.shape[0],
+            counts,
+        )
+        parts = [
+            header,
+            _bytes(scores),
+            b"" if gates is None else _bytes(gates.float().contiguous()),
+            b"" if bias is None else _bytes(bias[None].float()),
+            b"" if topk_ids is None else _bytes(topk_ids),
+            b"" if topk_weights is None else _bytes(topk_weights),
+            _bytes(policy_ids[None].int()),
+            _bytes(table.policies.view(1, -1)),
+            _bytes(table.similarity.reshape(1, -1)),
+        ]
+        shape = (num_rows, top_k)
+        with self._explained():
+            assert self._process.stdin is not None
+            self._process.stdin.write(b"".join(parts))
+            self._process.stdin.flush()
+            return Outcome(
+                topk_ids=self._receive(id_type, shape),
+                topk_weights=self._receive(weight_type, shape),
+                union=self._receive(torch.bool, (num_experts,)),
+                statistics=self._receive(torch.int64, (_NUM_STATISTICS,)).tolist(),
+                num_launches=int(self._receive(torch.int64, (1,)).item()),
+            )
+
+    def _receive(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        empty = torch.empty(tuple(shape), dtype=dtype)
+        size = empty.numel() * empty.element_size()
+        assert self._process.stdout is not None
+        data = self._process.stdout.read(size)
+        if len(data) < size:
+            raise EOFError
+        if size == 0:
+            return empty
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(tuple(shape))
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, BrokenPipeError):
+            status = self._process.wait(timeout=60)
+            self._errors.seek(0)
+            raise AssertionError(f"status {status}: {self._errors.read()[:4000]}") from None
+
+
+def build_driver(flavour: building.Flavour, *, defines: Sequence[str] = ()) -> Path:
+    """The driver program in one of the simulator's three builds. Raises `building.BuildError`."""
+    sources = [HERE / "route_driver.cu", *sorted((building.CSRC / "cpu").glob("route*.cpp"))]
+    return building.build(
+        sources, flavour, defines=defines, include=[building.CSRC / "include"]
+    )
+
+
+def _stride(matrix: Tensor) -> int:
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
+def _bytes(matrix: Tensor) -> bytes:
+    """The memory from a matrix's first to its last element, gaps between rows included."""
+    assert matrix.stride(1) == 1 or matrix.shape[1] == 1
+    num_rows, num_columns = matrix.shape
+    if matrix.numel() == 0:
+        return b""
+    extent = (num_rows - 1) * _stride(matrix) + num_columns
+    flat: Any = matrix.as_strided((extent,), (1,))
+    return np.asarray(flat.view(torch.uint8)).tobytes()

@@ -1,0 +1,133 @@
+// Runs re-routing calls that arrive on stdin, on the simulated GPU or on the CPU, and writes what
+// they leave on stdout. Every buffer is a heap block of its exact size, so that AddressSanitizer
+// sees one element too far. The layout of a call is that of tests/kernels/driver.py.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/route.h"
+#include "cuda/route.cuh"
+
+namespace {
+
+using namespace moe_routing;
+
+enum Backend : int32_t { kCuda, kAvx512, kAvx2, kPortable };
+
+struct Header {
+  int32_t backend, seed;
+  int32_t num_rows, num_experts, top_k;
+  int32_t score_type, score_stride, scoring, num_groups, top_groups, renormalize;
+  float scale;
+  int32_t has_gates, has_bias, has_choice, ids_are_wide, id_stride, weight_type, weight_stride;
+  int32_t num_policies, num_steps, num_artifacts, counts;
+};
+
+using Bytes = std::unique_ptr<unsigned char[]>;
+
+bool read_exactly(void* to, size_t size) { return std::fread(to, 1, size, stdin) == size; }
+
+Bytes receive(size_t size) {
+  Bytes bytes(new unsigned char[size]);
+  if (!read_exactly(bytes.get(), size)) std::exit(3);
+  return bytes;
+}
+
+template <class T>
+T* as(const Bytes& bytes) {
+  return reinterpret_cast<T*>(bytes.get());
+}
+
+// A matrix whose last row ends with its last column: nothing to read beyond it.
+size_t extent(int rows, int columns, int stride) {
+  return rows == 0 ? 0 : static_cast<size_t>(rows - 1) * stride + columns;
+}
+
+size_t width(int32_t type) { return type == static_cast<int32_t>(FloatType::float32) ? 4 : 2; }
+
+void run(const Header& header, const Call& call) {
+  if (header.backend == kCuda) {
+    simt::options.seed = static_cast<uint64_t>(header.seed);
+    cuda::route(call, nullptr);
+    return;
+  }
+  const char* const names[] = {"", "avx512", "avx2", "portable"};
+  if (!cpu::use_instruction_set(names[header.backend])) std::exit(4);
+  cpu::route(call);
+}
+
+void serve(const Header& h) {
+  const Bytes scores =
+      receive(width(h.score_type) * extent(h.num_rows, h.num_experts, h.score_stride));
+  const Bytes gates = receive(h.has_gates ? 4 * extent(h.num_rows, h.num_experts, h.num_experts) : 0);
+  const Bytes bias = receive(h.has_bias ? 4 * h.num_experts : 0);
+  const size_t id_width = h.ids_are_wide ? 8 : 4;
+  const size_t ids_size = id_width * extent(h.num_rows, h.top_k, h.id_stride);
+  const size_t weights_size = width(h.weight_type) * extent(h.num_rows, h.top_k, h.weight_stride);
+  const Bytes ids = receive(h.has_choice ? ids_size : 0);
+  const Bytes weights = receive(h.has_choice ? weights_size : 0);
+  const Bytes policy_ids = receive(4 * h.num_rows);
+  const Bytes policies = receive(sizeof(Policy) * h.num_policies * h.num_steps);
+  const Bytes similarity = receive(4ull * h.num_artifacts * h.num_experts * h.num_experts);
+
+  const size_t slots = static_cast<size_t>(h.num_rows) * h.top_k;
+  const Bytes out_ids(new unsigned char[id_width * slots]);
+  const Bytes out_weights(new unsigned char[width(h.weight_type) * slots]);
+  const Bytes out_union(new unsigned char[h.num_experts]);
+  const Bytes workspace(new unsigned char[4 * cuda::kWorkspaceWords]);
+  std::memset(workspace.get(), 0xEE, 4 * cuda::kWorkspaceWords);
+  int64_t statistics[kNumStatistics] = {};
+
+  Call call;
+  call.num_rows = h.num_rows;
+  call.num_experts = h.num_experts;
+  call.top_k = h.top_k;
+  call.scores = {scores.get(), h.score_stride, static_cast<FloatType>(h.score_type)};
+  if (h.has_gates) call.gates = {gates.get(), h.num_experts, FloatType::float32};
+  if (h.has_bias) call.bias = as<float>(bias);
+  call.scoring = static_cast<Scoring>(h.scoring);
+  call.num_groups = h.num_groups;
+  call.top_groups = h.top_groups;
+  call.renormalize = h.renormalize != 0;
+  call.scale = h.scale;
+  const FloatType weight_type = static_cast<FloatType>(h.weight_type);
+  if (h.has_choice) {
+    call.topk_ids = {ids.get(), h.id_stride, h.ids_are_wide != 0};
+    call.topk_weights = {weights.get(), h.weight_stride, weight_type};
+  }
+  call.policy_ids = as<int32_t>(policy_ids);
+  call.policies = as<Policy>(policies);
+  call.num_policies = h.num_policies;
+  call.num_steps = h.num_steps;
+  call.similarity = as<float>(similarity);
+  call.out_ids = {out_ids.get(), h.top_k, h.ids_are_wide != 0};
+  call.out_weights = {out_weights.get(), h.top_k, weight_type};
+  call.out_union = out_union.get();
+  if (h.counts) call.statistics = statistics;
+  call.workspace = as<uint32_t>(workspace);
+
+  const uint64_t launches_before = simt::num_launches;
+  run(h, call);
+  const int64_t launches = static_cast<int64_t>(simt::num_launches - launches_before);
+  std::fwrite(out_ids.get(), 1, id_width * slots, stdout);
+  std::fwrite(out_weights.get(), 1, width(h.weight_type) * slots, stdout);
+  std::fwrite(out_union.get(), 1, h.num_experts, stdout);
+  std::fwrite(statistics, 1, sizeof statistics, stdout);
+  std::fwrite(&launches, 1, sizeof launches, stdout);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main() {
+  Header header;
+  try {
+    while (read_exactly(&header, sizeof header)) serve(header);
+  } catch (const simt::Error& error) {
+    std::fprintf(stderr, "simulator: %s\n", error.what());
+    return 2;
+  }
+}
