@@ -25,9 +25,15 @@ from tests import oracles
 
 Spec = dict[str, Any]
 
-# Products and sums of at most 8 float32 numbers: a few units in the last place of 2**-23 each.
-# bfloat16 weights are rounded once more on the way out, to half of 2**-7.
-WEIGHT_RTOL = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8 + 4e-6}
+# Products and sums of at most 16 float32 numbers: a few units in the last place of 2**-23 each.
+# 16-bit weights are rounded once more on the way out: bfloat16 to half of 2**-7, float16 to half
+# of 2**-10, and below its normal numbers to half of 2**-24.
+WEIGHT_RTOL = {
+    torch.float32: 4e-6,
+    torch.bfloat16: 2.0**-8 + 4e-6,
+    torch.float16: 2.0**-11 + 4e-6,
+}
+WEIGHT_ATOL = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 2.0**-25}
 # The gate mass is compared in float32 here and in float64 by the oracle; the cases keep every
 # partial mass this far from p, hundreds of times what 128 float32 additions can be off.
 MASS_MARGIN = 1e-5
@@ -114,7 +120,7 @@ def ask_oracle(case: Case) -> oracles.Routed:
             spec = {**spec, "sim": case.artifacts[spec["artifact"]].float().numpy()}
         specs.append(spec)
     return oracles.reroute(
-        case.scores.numpy(),
+        case.scores.float().numpy(),
         case.gates.numpy(),
         case.topk_ids.numpy(),
         case.topk_weights.double().numpy(),
@@ -140,7 +146,7 @@ def assert_close(weights: Tensor, expected: Tensor) -> None:
         weights.double(),
         expected.double(),
         rtol=WEIGHT_RTOL[weights.dtype],
-        atol=1e-30,
+        atol=WEIGHT_ATOL[weights.dtype],
         equal_nan=True,
     )
 
@@ -180,7 +186,8 @@ def make_scores(rng: np.random.Generator, mode: str, shape: tuple[int, int]) -> 
         scores = rng.standard_normal(shape)
     else:
         few = (-1.0, -0.0, 0.0, 0.5, 2.0)
-        special = (*few, np.nan, np.inf, -np.inf, 1e-42, -1e-42)
+        subnormal = (1e-42, -1e-42, 1e-40, 6e-8)  # in float32, bfloat16 and float16
+        special = (*few, np.nan, np.inf, -np.inf, 1e30, *subnormal)
         scores = rng.choice(few if mode == "ties" else special, shape)
     return np.asarray(scores, dtype=np.float32)
 
@@ -238,6 +245,7 @@ def keep_off_thresholds(case: Case) -> Case:
     return replace(case, gates=gates, specs=tuple(specs))
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ALL_KINDS = ("vanilla", "topk", "oea", "sere")
 
 
@@ -259,6 +267,8 @@ def cases(
     min_rows: int = 0,
     min_live: int = 0,
     shapes: st.SearchStrategy[Shape] | None = None,
+    score_types: Sequence[torch.dtype] = (torch.float32,),
+    weight_types: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
 ) -> Case:
     """A whole MoE call; sizes, modes and policies are drawn, values come from a drawn seed."""
     num_rows, num_experts, top_k = draw(shapes if shapes is not None else small_shapes())
@@ -272,17 +282,19 @@ def cases(
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     mode = draw(st.sampled_from(("smooth", "ties", "special")))
-    scores = make_scores(rng, mode, (num_rows, num_experts))
+    drawn_scores = torch.from_numpy(make_scores(rng, mode, (num_rows, num_experts)))
+    typed_scores = drawn_scores.to(draw(st.sampled_from(score_types)))
+    scores = typed_scores.float().numpy()  # what everyone sees, oracle included
     gates = make_gates(rng, draw(st.sampled_from(("softmax", "uniform", "holes"))), scores)
     base = make_base(rng, scores, top_k, is_routers=draw(st.booleans()))
     weights = torch.from_numpy(rng.uniform(0.01, 1.0, (num_rows, top_k)))
     similarity = draw(st.sampled_from(("ties", "half", "smooth")))
     return keep_off_thresholds(
         Case(
-            scores=torch.from_numpy(scores),
+            scores=typed_scores,
             gates=torch.from_numpy(gates),
             topk_ids=torch.from_numpy(base).to(draw(st.sampled_from((torch.int32, torch.int64)))),
-            topk_weights=weights.to(draw(st.sampled_from((torch.float32, torch.bfloat16)))),
+            topk_weights=weights.to(draw(st.sampled_from(weight_types))),
             specs=tuple(specs),
             row_specs=tuple(row_specs),
             artifacts={name: make_artifact(rng, similarity, num_experts) for name in ("a", "b")},

@@ -196,8 +196,12 @@ __device__ __forceinline__ void finish_statistics(const Call& call, Workspace& w
   if (!shared.is_last) return;
   __threadfence();
   for (int word = threadIdx.x / kWarp; word < kUnionWords; word += kWarps) {
-    shared.before[word] = gather(workspace.before, word);
-    shared.after[word] = gather(workspace.after, word);
+    const uint32_t before = gather(workspace.before, word);
+    const uint32_t after = gather(workspace.after, word);
+    if (threadIdx.x % kWarp == 0) {
+      shared.before[word] = before;
+      shared.after[word] = after;
+    }
   }
   __syncthreads();
   if (threadIdx.x != 0) return;

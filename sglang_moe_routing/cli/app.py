@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .build import build
 from .check import check
 from .client import client
 from .configs import policies, validate
@@ -48,5 +49,6 @@ app.command(
 app.command()(validate)
 app.command()(policies)
 app.command()(check)
+app.command()(build)
 app.command()(demo)
 app.command()(client)

@@ -28,7 +28,7 @@ def check(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check sglang, every hooked symbol, the platform and the config; status 1 on a problem."""
+    """Check sglang, the hooked symbols, platform, kernels and config; status 1 on a problem."""
     path = routing_config or bundled_config("default.yaml")
     problems = []
     try:
@@ -46,6 +46,7 @@ def check(
                 "hooks": hooks,
                 "platform": result.platform,
                 "kernels": result.kernels,
+                "kernels_reason": result.kernels_reason,
                 "config": {"file": result.config, "policies": list(result.policies)},
                 "problems": problems,
             }
@@ -56,7 +57,8 @@ def check(
         good = sum(f.ok for f in result.findings)
         table.add_row("hooked symbols", f"{good} of {len(result.findings)} as expected")
         table.add_row("platform", result.platform)
-        table.add_row("kernels", result.kernels)
+        kernels = f"{result.kernels} ({result.kernels_reason})" if result.kernels else "not usable"
+        table.add_row("kernels", kernels)
         table.add_row("config", f"{result.config}: {', '.join(result.policies) or 'not usable'}")
         console.print(table)
         for problem in problems:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from torch import Tensor
 
 from ..artifacts import SimilarityArtifact
-from ..errors import ArtifactError, EngineError, PolicyError
+from ..errors import ArtifactError, EngineError, KernelError, PolicyError
+from ..kernels import CHOICE, REFERENCE, Implementation, choose, compile_table, unsupported
 from ..policies import Router, build_table
 from . import environment
 from .runtime import LAYER, Layer, Runtime
+
+logger = logging.getLogger(__name__)
 
 
 def attach(runtime: Runtime, model_runner: Any) -> None:
@@ -29,19 +33,24 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
             layer that we can reach, or one that bypasses us.
         PolicyError: a policy does not fit the model.
         ArtifactError: a similarity artifact does not fit the model.
+        KernelError: the compiled kernels cannot be had although they must.
     """
-    _check_platform(torch.device(model_runner.device))
+    device = torch.device(model_runner.device)
+    _check_platform(device)
     _check_ranks_agree(runtime)
     server_args = model_runner.server_args
     routers = _routed_layers(model_runner.model)
     for name, artifact in runtime.artifacts.items():
         _check_artifact(name, artifact, routers)
+    implementation = choose("cuda" if device.type == "cuda" else "cpu")
     layers = []
     for index, (topk, experts) in enumerate(routers.values()):
-        layer = _make_layer(runtime, index, topk, experts, model_runner.device)
+        layer = _make_layer(runtime, implementation, index, topk, experts, device)
         setattr(topk.topk_config, LAYER, layer)
         layers.append(layer)
-    runtime.attach(layers, torch.device(model_runner.device), _max_rows(server_args, model_runner))
+    runtime.kernels = _describe_kernels(implementation, layers)
+    logger.info("MoE re-routing by %s", runtime.kernels)
+    runtime.attach(layers, device, _max_rows(server_args, model_runner))
 
 
 def _check_platform(device: torch.device) -> None:
@@ -100,7 +109,27 @@ def _has_bias_per_token(module: torch.nn.Module) -> bool:
     )
 
 
-def _make_layer(runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, device: str) -> Layer:
+def _describe_kernels(implementation: Implementation, layers: Sequence[Layer]) -> str:
+    if all(layer.kernel_table is not None for layer in layers):
+        return implementation.name
+    if not implementation.is_native:
+        return f"{REFERENCE}: {implementation.reason}"
+    layer = next(layer for layer in layers if layer.kernel_table is None)
+    return f"{REFERENCE}: {_unsupported(layer)}"
+
+
+def _unsupported(layer: Layer) -> str:
+    return unsupported(layer.table, layer.router, layer.num_experts, layer.top_k)
+
+
+def _make_layer(
+    runtime: Runtime,
+    implementation: Implementation,
+    index: int,
+    topk: TopK,
+    experts: FusedMoE,
+    device: torch.device,
+) -> Layer:
     config = topk.topk_config
     where = f"layer {topk.layer_id}"
     if config.output_format not in (None, TopKOutputFormat.STANDARD):
@@ -124,6 +153,10 @@ def _make_layer(runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, dev
         artifacts=[runtime.config.artifact_of(name) for name in runtime.config.names],
         device=device,
     )
+    problem = unsupported(table, router, num_experts, top_k)
+    if problem and os.environ.get(CHOICE) == "native":
+        raise KernelError(f"{CHOICE}=native, but {where}: {problem}")
+    is_native = implementation.is_native and not problem
     return Layer(
         layer_id=topk.layer_id,
         index=index,
@@ -131,6 +164,8 @@ def _make_layer(runtime: Runtime, index: int, topk: TopK, experts: FusedMoE, dev
         top_k=top_k,
         router=router,
         table=table,
+        kernel_table=compile_table(table) if is_native else None,
+        union=torch.zeros(num_experts, dtype=torch.bool, device=device),
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..artifacts import load_artifact
 from ..config import load_config
 from ..errors import RoutingError
+from ..kernels import choose
 from . import hooking
 from .report import Finding, Inspection
 
@@ -29,7 +30,19 @@ def inspect(config: Path) -> Inspection:
     except RoutingError as error:
         result.problems.append(str(error))
     result.platform = _platform()
+    _inspect_kernels(result)
     return result
+
+
+def _inspect_kernels(result: Inspection) -> None:
+    import torch
+
+    try:
+        chosen = choose("cuda" if torch.cuda.is_available() else "cpu")
+    except RoutingError as error:
+        result.problems.append(str(error))
+        return
+    result.kernels, result.kernels_reason = chosen.name, chosen.reason
 
 
 def _verify_symbols() -> Sequence[Finding]:

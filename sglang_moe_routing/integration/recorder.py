@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import RoutingConfig
-from ..policies import PAD, Rerouted
+from ..policies import PAD
 from . import environment
 
 if TYPE_CHECKING:
@@ -46,11 +46,15 @@ class Recorder:
         plan: Plan | None,
         policy_ids: Tensor,
         router_logits: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        outcome: Rerouted,
+        before: tuple[Tensor, Tensor],
+        after: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Write down one call. A call without live rows (graph capture) is left out."""
+        """Write down one call. A call without live rows (graph capture) is left out.
+
+        Args:
+            before: ids and weights that the router chose.
+            after: ids and weights that the call ends with, and the union.
+        """
         ids = policy_ids.tolist()
         if all(policy_id == PAD for policy_id in ids):
             return
@@ -61,11 +65,11 @@ class Recorder:
                 "requests": list(plan.request_ids) if plan else None,
                 "rows": [None if i == PAD else self._names[i] for i in ids],
                 "router_logits": _exact(router_logits),
-                "base_ids": topk_ids.tolist(),
-                "base_weights": _exact(topk_weights),
-                "final_ids": outcome.topk_ids.tolist(),
-                "final_weights": _exact(outcome.topk_weights),
-                "union": outcome.union.nonzero().flatten().tolist(),
+                "base_ids": before[0].tolist(),
+                "base_weights": _exact(before[1]),
+                "final_ids": after[0].tolist(),
+                "final_weights": _exact(after[1]),
+                "union": after[2].nonzero().flatten().tolist(),
             }
         )
 

@@ -26,7 +26,8 @@ class Inspection:
         sglang: installed version, empty if unusable.
         findings: one per hooked or relied-on symbol.
         platform: SGLang platform that a server would run on.
-        kernels: implementation of the re-routing.
+        kernels: implementation of the re-routing on this machine's device.
+        kernels_reason: why that one.
         config: the checked file and its policies.
         problems: everything that would keep a server from starting.
     """
@@ -34,7 +35,8 @@ class Inspection:
     sglang: str = ""
     findings: Sequence[Finding] = ()
     platform: str = ""
-    kernels: str = "plain torch reference"
+    kernels: str = ""
+    kernels_reason: str = ""
     config: str = ""
     policies: Sequence[str] = ()
     problems: list[str] = field(default_factory=list)

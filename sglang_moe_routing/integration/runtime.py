@@ -14,6 +14,7 @@ from torch import Tensor
 from ..artifacts import SimilarityArtifact, load_artifact
 from ..config import LoadedConfig
 from ..errors import EngineError
+from ..kernels import KernelTable, refine_out, workspace
 from ..policies import PAD, PolicyTable, Router, Vanilla, reroute
 from .recorder import Recorder
 from .statistics import Statistics
@@ -33,6 +34,8 @@ class Layer:
         index: place among the MoE layers of this process.
         num_experts: routed experts, shared and redundant ones not counted.
         top_k: routed experts per token.
+        kernel_table: `table` for the compiled kernels; None where the torch reference serves.
+        union: bool ``[num_experts]``, where the kernels leave the union of a call.
     """
 
     layer_id: int
@@ -41,6 +44,8 @@ class Layer:
     top_k: int
     router: Router
     table: PolicyTable
+    kernel_table: KernelTable | None
+    union: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class Runtime:
     loaded: LoadedConfig
     artifacts: Mapping[str, SimilarityArtifact] = field(default_factory=dict)
     layers: Sequence[Layer] = ()
+    kernels: str = ""
     policy_ids: Tensor | None = None
+    workspace: Tensor | None = None
     statistics: Statistics | None = None
     recorder: Recorder | None = None
     plan: Plan | None = None
@@ -113,6 +120,7 @@ class Runtime:
     def attach(self, layers: Sequence[Layer], device: torch.device, max_rows: int) -> None:
         """Take over the layers of the loaded model. Buffers never move: graphs bake them in."""
         self.layers = layers
+        self.workspace = workspace(device)
         self.policy_ids = torch.full((max_rows,), PAD, dtype=torch.int32, device=device)
         if self.config.statistics:
             self.statistics = Statistics([layer.layer_id for layer in layers], device)
@@ -171,7 +179,10 @@ class Runtime:
     def reroute(
         self, layer: Layer, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Re-route the routed columns of one MoE call; shared-expert columns stay untouched."""
+        """Re-route the routed columns of one MoE call, in place.
+
+        Shared-expert columns stay untouched.
+        """
         plan, num_rows = self.plan, topk_ids.shape[0]
         if plan is None and not self.is_capturing:
             return topk_ids, topk_weights
@@ -181,15 +192,57 @@ class Runtime:
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
                 f"expected {(num_rows, layer.num_experts)}"
             )
-        policy_ids = self.policy_ids[:num_rows]
         is_padded = plan is not None and len(plan.policy_ids) < num_rows
+        is_recording = self.recorder is not None and self.recorder.is_on
+        counted = self.statistics if plan is None or plan.is_decode else None
+        if plan is not None and not (plan.reroutes or is_padded or is_recording or counted):
+            return topk_ids, topk_weights
         routed = slice(0, layer.top_k)
         ids, weights = topk_ids[:, routed], topk_weights[:, routed]
-        is_recording = self.recorder is not None and self.recorder.is_on
-        if plan is not None and not plan.reroutes and not is_padded and not is_recording:
-            if self.statistics and plan.is_decode:
-                self.statistics.count_vanilla(layer.index, ids, layer.num_experts)
-            return topk_ids, topk_weights
+        before = (ids.clone(), weights.clone()) if is_recording else (ids, weights)
+        run = self._reroute_in_torch if layer.kernel_table is None else self._reroute_in_kernels
+        union = run(layer, ids, weights, router_logits, self.policy_ids[:num_rows], counted)
+        if self.recorder and is_recording:
+            after = (ids, weights, union)
+            self.recorder.record(
+                layer, plan, self.policy_ids[:num_rows], router_logits, before, after
+            )
+        return topk_ids, topk_weights
+
+    def _reroute_in_kernels(
+        self,
+        layer: Layer,
+        ids: Tensor,
+        weights: Tensor,
+        router_logits: Tensor,
+        policy_ids: Tensor,
+        statistics: Statistics | None,
+    ) -> Tensor:
+        assert layer.kernel_table is not None
+        refine_out(
+            router_logits,
+            ids,
+            weights,
+            policy_ids,
+            layer.kernel_table,
+            layer.router,
+            out_ids=ids,
+            out_weights=weights,
+            out_union=layer.union,
+            statistics=None if statistics is None else statistics.of_layer(layer.index),
+            workspace=self.workspace,
+        )
+        return layer.union
+
+    def _reroute_in_torch(
+        self,
+        layer: Layer,
+        ids: Tensor,
+        weights: Tensor,
+        router_logits: Tensor,
+        policy_ids: Tensor,
+        statistics: Statistics | None,
+    ) -> Tensor:
         scores, gates = layer.router.score(router_logits, ids)
         outcome = reroute(
             scores,
@@ -201,16 +254,11 @@ class Runtime:
             renormalize=layer.router.renormalize,
             scale=layer.router.scale,
         )
-        if self.statistics and (plan is None or plan.is_decode):
-            self.statistics.count(layer.index, policy_ids, outcome)
-        if self.recorder and is_recording:
-            self.recorder.record(layer, plan, policy_ids, router_logits, ids, weights, outcome)
-        if topk_ids.shape[1] == layer.top_k:
-            return outcome.topk_ids, outcome.topk_weights
-        return (
-            torch.cat([outcome.topk_ids, topk_ids[:, layer.top_k :]], dim=1),
-            torch.cat([outcome.topk_weights, topk_weights[:, layer.top_k :]], dim=1),
-        )
+        if statistics is not None:
+            statistics.count(layer.index, policy_ids, outcome)
+        ids.copy_(outcome.topk_ids)
+        weights.copy_(outcome.topk_weights)
+        return outcome.union
 
 
 _runtime: Runtime | None = None

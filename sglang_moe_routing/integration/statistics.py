@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..policies import PAD, Rerouted, num_distinct
+from ..policies import PAD, Rerouted
 
 KEY = "moe_routing"
 """Where the counts stand in SGLang's internal state."""
 
-COLUMNS = ("calls", "rows", "active_experts", "active_experts_base")
+COLUMNS = (
+    "calls",
+    "rows",
+    "active_experts",
+    "active_experts_base",
+    "moved_slots",
+    "critical_experts",
+)
+"""Counts of one layer, in the order in which the kernels add to them."""
 
 
 class Statistics:
@@ -26,19 +34,22 @@ class Statistics:
         self._layer_ids = layer_ids
         self._sums = torch.zeros(len(layer_ids), len(COLUMNS), dtype=torch.int64, device=device)
 
+    def of_layer(self, index: int) -> Tensor:
+        """The counts of layer number `index`, int64 ``[6]``: for kernels to add to."""
+        return self._sums[index]
+
     def count(self, index: int, policy_ids: Tensor, outcome: Rerouted) -> None:
         """Count one MoE call of layer number `index`; a call without live rows counts nothing."""
         num_live = (policy_ids != PAD).sum()
-        self._add(index, num_live, outcome.active, outcome.active_base)
-
-    def count_vanilla(self, index: int, topk_ids: Tensor, num_experts: int) -> None:
-        """Count one MoE call that nobody re-routes and that has no padded rows."""
-        active = num_distinct(topk_ids, num_experts)
-        self._add(index, torch.full_like(active, topk_ids.shape[0]), active, active)
-
-    def _add(self, index: int, num_rows: Tensor, active: Tensor, active_base: Tensor) -> None:
-        called = (num_rows > 0).long()
-        self._sums[index] += torch.stack([called, num_rows, active, active_base])
+        counts = (
+            (num_live > 0).long(),
+            num_live,
+            outcome.active,
+            outcome.active_base,
+            outcome.moved_slots,
+            outcome.critical,
+        )
+        self._sums[index] += torch.stack(counts)
 
     def reset(self) -> None:
         """Forget everything counted so far."""

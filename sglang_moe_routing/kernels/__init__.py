@@ -1,8 +1,9 @@
-"""Compiled kernels for the re-routing: built on first use, chosen once, called through torch ops."""
+"""Compiled kernels for the re-routing: built on first use, chosen once, called as torch ops."""
 
 from .native import (
     CACHE,
     CHOICE,
+    REFERENCE,
     TARGET_ARCHITECTURES,
     Implementation,
     build_cpu,
@@ -10,11 +11,12 @@ from .native import (
     choose,
 )
 from .ops import fused, fused_out, refine, refine_out, workspace
-from .table import KernelTable, compile_table
+from .table import KernelTable, compile_table, unsupported
 
 __all__ = [
     "CACHE",
     "CHOICE",
+    "REFERENCE",
     "TARGET_ARCHITECTURES",
     "Implementation",
     "KernelTable",
@@ -26,5 +28,6 @@ __all__ = [
     "fused_out",
     "refine",
     "refine_out",
+    "unsupported",
     "workspace",
 ]

@@ -179,19 +179,17 @@ def _runs_on(built: str, device: str) -> bool:
     return _numbers(built)[0] == _numbers(device)[0] and _numbers(built) <= _numbers(device)
 
 
-def _files(backend: Backend) -> tuple[list[Path], list[Path]]:
-    """Sources to compile, and everything that they may include."""
-    folder = sources()
-    compiled = sorted((folder / backend).glob("*.cu" if backend == "cuda" else "*.cpp"))
-    included = [p for p in folder.rglob("*.*") if p.suffix in (".h", ".cuh")]
-    return compiled, sorted(included)
+def _sources(backend: Backend) -> list[Path]:
+    """What is compiled."""
+    return sorted((sources() / backend).glob("*.cu" if backend == "cuda" else "*.cpp"))
 
 
 def _fingerprint(backend: Backend) -> str:
     """Digest of everything that goes into a binary, but for the CUDA architectures."""
     digest = hashlib.sha256()
     folder = sources()
-    for path in sum(_files(backend), []):
+    rooms = ["include", backend] + (["simt"] if backend == "cuda" else [])
+    for path in sorted(p for room in rooms for p in (folder / room).rglob("*.*")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     flags = (*_FLAGS, *_CUDA_FLAGS)
     described = (flags, version("apache-tvm-ffi"), platform.machine(), os.environ.get("CXX", "c++"))
@@ -217,12 +215,11 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
     logger.warning("compiling the %s kernels into %s (once)", backend, folder)
     import tvm_ffi.cpp
 
-    compiled, _ = _files(backend)
     try:
         with _build_environment(backend, architectures):
             tvm_ffi.cpp.build(
                 _library_name(backend),
-                sources=[str(path) for path in compiled],
+                sources=[str(path) for path in _sources(backend)],
                 extra_cflags=list(_FLAGS),
                 extra_cuda_cflags=list(_CUDA_FLAGS),
                 extra_ldflags=_link_flags(backend),
@@ -232,7 +229,9 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
             )
         (folder / _READY).write_text(" ".join(architectures))
     except (RuntimeError, OSError) as error:
-        raise KernelError(f"compiling the {backend} kernels in {folder} failed:\n{error}") from error
+        raise KernelError(
+            f"compiling the {backend} kernels in {folder} failed:\n{error}"
+        ) from error
     return folder
 
 

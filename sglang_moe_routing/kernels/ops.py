@@ -87,9 +87,7 @@ def refine(
         ValueError: a tensor has the wrong shape, type or device; the message names it.
         KernelError: no compiled kernels for this device.
     """
-    arguments = _refine_arguments(
-        scores, gates, topk_ids, topk_weights, policy_ids, table, router
-    )
+    arguments = _refine_arguments(scores, gates, topk_ids, topk_weights, policy_ids, table, router)
     if torch.compiler.is_compiling():
         op = torch.ops.sglang_moe_routing.refine.default
         return op(*arguments, statistics)  # type: ignore[no-any-return]
@@ -285,13 +283,12 @@ def _run_refine_out(
     )
 
 
-def _run_refine(
-    scores: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, statistics = (scores, *arguments)
-    topk_ids, topk_weights = inputs[3], inputs[4]
+def _run_refine(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, statistics = arguments
+    topk_ids, topk_weights = inputs[2], inputs[3]
     out = _empty_like(scores, topk_ids.shape[1], topk_ids.dtype, topk_weights.dtype)
     _run_refine_out(
+        scores,
         *inputs,
         out_ids=out[0],
         out_weights=out[1],

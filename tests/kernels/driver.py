@@ -25,6 +25,9 @@ SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "given")
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NUM_STATISTICS = 6
 
+GAP = 0xEE
+"""What every byte between the rows of an output holds before a call."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -81,18 +84,26 @@ class Driver:
         renormalize: bool = True,
         scale: float = 1.0,
         counts: bool = True,
+        out_gap: int = 0,
+        in_place: bool = False,
     ) -> Outcome:
         """One call. Tensors may have any row stride; absent `topk_ids` means the fused form.
 
+        Args:
+            counts: whether statistics are asked for.
+            out_gap: elements between the rows of the outputs.
+            in_place: `topk_ids` and `topk_weights` are the outputs too.
+
         Raises:
-            AssertionError: the driver died; the message is what it said.
+            AssertionError: the driver died, and the message is what it said; or something between
+                the rows of the outputs was overwritten.
         """
         num_rows, num_experts = scores.shape
         id_type = torch.int32 if topk_ids is None else topk_ids.dtype
         weight_type = torch.float32 if topk_weights is None else topk_weights.dtype
         num_policies, num_steps, _ = table.policies.shape
         header = struct.pack(
-            "=11if11i",
+            "=11if13i",
             BACKENDS.index(backend),
             seed,
             num_rows,
@@ -116,6 +127,8 @@ class Driver:
             num_steps,
             table.similarity.shape[0],
             counts,
+            out_gap,
+            in_place,
         )
         parts = [
             header,
@@ -128,18 +141,32 @@ class Driver:
             _bytes(table.policies.view(1, -1)),
             _bytes(table.similarity.reshape(1, -1)),
         ]
-        shape = (num_rows, top_k)
+        id_gap = weight_gap = out_gap
+        if in_place:
+            assert topk_ids is not None
+            assert topk_weights is not None
+            id_gap, weight_gap = _stride(topk_ids) - top_k, _stride(topk_weights) - top_k
         with self._explained():
             assert self._process.stdin is not None
             self._process.stdin.write(b"".join(parts))
             self._process.stdin.flush()
             return Outcome(
-                topk_ids=self._receive(id_type, shape),
-                topk_weights=self._receive(weight_type, shape),
+                topk_ids=self._receive_rows(id_type, num_rows, top_k, id_gap),
+                topk_weights=self._receive_rows(weight_type, num_rows, top_k, weight_gap),
                 union=self._receive(torch.bool, (num_experts,)),
                 statistics=self._receive(torch.int64, (_NUM_STATISTICS,)).tolist(),
                 num_launches=int(self._receive(torch.int64, (1,)).item()),
             )
+
+    def _receive_rows(self, dtype: torch.dtype, rows: int, columns: int, gap: int) -> Tensor:
+        """A matrix whose rows lie apart. Nobody but the driver may have written between them."""
+        extent = max(rows * (columns + gap) - gap, 0)
+        flat = self._receive(dtype, (extent,))
+        matrix = flat.as_strided((rows, columns), (columns + gap, 1)).clone()
+        if gap > 0 and rows > 1:
+            between = flat.as_strided((rows - 1, gap), (columns + gap, 1), columns).contiguous()
+            assert (between.view(torch.uint8) == GAP).all(), "written between the rows"
+        return matrix
 
     def _receive(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         empty = torch.empty(tuple(shape), dtype=dtype)
@@ -162,11 +189,21 @@ class Driver:
             raise AssertionError(f"status {status}: {self._errors.read()[:4000]}") from None
 
 
-def build_driver(flavour: building.Flavour, *, defines: Sequence[str] = ()) -> Path:
-    """The driver program in one of the simulator's three builds. Raises `building.BuildError`."""
-    sources = [HERE / "route_driver.cu", *sorted((building.CSRC / "cpu").glob("route*.cpp"))]
+def build_driver(
+    flavour: building.Flavour, *, csrc: Path = building.CSRC, has_cpu: bool = True
+) -> Path:
+    """The driver program in one of the simulator's three builds. Raises `building.BuildError`.
+
+    Args:
+        csrc: a changed copy of csrc.
+        has_cpu: without the CPU backends the program builds in a fraction of the time.
+    """
     return building.build(
-        sources, flavour, defines=defines, include=[building.CSRC / "include"]
+        [HERE / "route_driver.cu", *(sorted((csrc / "cpu").glob("route*.cpp")) if has_cpu else ())],
+        flavour,
+        defines=() if has_cpu else ["ROUTE_DRIVER_NO_CPU"],
+        include=[csrc / "include"],
+        csrc=csrc,
     )
 
 

@@ -8,7 +8,9 @@
 #include <string>
 #include <vector>
 
+#if !defined(ROUTE_DRIVER_NO_CPU)
 #include "cpu/route.h"
+#endif
 #include "cuda/route.cuh"
 
 namespace {
@@ -24,6 +26,7 @@ struct Header {
   float scale;
   int32_t has_gates, has_bias, has_choice, ids_are_wide, id_stride, weight_type, weight_stride;
   int32_t num_policies, num_steps, num_artifacts, counts;
+  int32_t out_gap, in_place;
 };
 
 using Bytes = std::unique_ptr<unsigned char[]>;
@@ -33,6 +36,13 @@ bool read_exactly(void* to, size_t size) { return std::fread(to, 1, size, stdin)
 Bytes receive(size_t size) {
   Bytes bytes(new unsigned char[size]);
   if (!read_exactly(bytes.get(), size)) std::exit(3);
+  return bytes;
+}
+
+// What nobody writes keeps these bytes; tests/kernels/driver.py looks for them.
+Bytes filled(size_t size) {
+  Bytes bytes(new unsigned char[size]);
+  std::memset(bytes.get(), 0xEE, size);
   return bytes;
 }
 
@@ -54,9 +64,13 @@ void run(const Header& header, const Call& call) {
     cuda::route(call, nullptr);
     return;
   }
+#if defined(ROUTE_DRIVER_NO_CPU)
+  std::exit(4);
+#else
   const char* const names[] = {"", "avx512", "avx2", "portable"};
   if (!cpu::use_instruction_set(names[header.backend])) std::exit(4);
   cpu::route(call);
+#endif
 }
 
 void serve(const Header& h) {
@@ -73,12 +87,14 @@ void serve(const Header& h) {
   const Bytes policies = receive(sizeof(Policy) * h.num_policies * h.num_steps);
   const Bytes similarity = receive(4ull * h.num_artifacts * h.num_experts * h.num_experts);
 
-  const size_t slots = static_cast<size_t>(h.num_rows) * h.top_k;
-  const Bytes out_ids(new unsigned char[id_width * slots]);
-  const Bytes out_weights(new unsigned char[width(h.weight_type) * slots]);
+  const int out_stride = h.top_k + h.out_gap;
+  const size_t slots = extent(h.num_rows, h.top_k, out_stride);
+  const size_t out_ids_size = h.in_place ? ids_size : id_width * slots;
+  const size_t out_weights_size = h.in_place ? weights_size : width(h.weight_type) * slots;
+  const Bytes own_ids = filled(id_width * slots);
+  const Bytes own_weights = filled(width(h.weight_type) * slots);
   const Bytes out_union(new unsigned char[h.num_experts]);
-  const Bytes workspace(new unsigned char[4 * cuda::kWorkspaceWords]);
-  std::memset(workspace.get(), 0xEE, 4 * cuda::kWorkspaceWords);
+  const Bytes workspace = filled(4 * cuda::kWorkspaceWords);
   int64_t statistics[kNumStatistics] = {};
 
   Call call;
@@ -103,8 +119,12 @@ void serve(const Header& h) {
   call.num_policies = h.num_policies;
   call.num_steps = h.num_steps;
   call.similarity = as<float>(similarity);
-  call.out_ids = {out_ids.get(), h.top_k, h.ids_are_wide != 0};
-  call.out_weights = {out_weights.get(), h.top_k, weight_type};
+  call.out_ids = {own_ids.get(), out_stride, h.ids_are_wide != 0};
+  call.out_weights = {own_weights.get(), out_stride, weight_type};
+  if (h.in_place) {
+    call.out_ids = call.topk_ids;
+    call.out_weights = call.topk_weights;
+  }
   call.out_union = out_union.get();
   if (h.counts) call.statistics = statistics;
   call.workspace = as<uint32_t>(workspace);
@@ -112,8 +132,8 @@ void serve(const Header& h) {
   const uint64_t launches_before = simt::num_launches;
   run(h, call);
   const int64_t launches = static_cast<int64_t>(simt::num_launches - launches_before);
-  std::fwrite(out_ids.get(), 1, id_width * slots, stdout);
-  std::fwrite(out_weights.get(), 1, width(h.weight_type) * slots, stdout);
+  std::fwrite(call.out_ids.data, 1, out_ids_size, stdout);
+  std::fwrite(call.out_weights.data, 1, out_weights_size, stdout);
   std::fwrite(out_union.get(), 1, h.num_experts, stdout);
   std::fwrite(statistics, 1, sizeof statistics, stdout);
   std::fwrite(&launches, 1, sizeof launches, stdout);

@@ -49,8 +49,9 @@ MAY_IMPORT = {
     "errors": set(),
     "artifacts": {"errors"},
     "policies": {"errors"},
+    "kernels": {"errors", "policies"},
     "config": {"errors", "policies"},
-    "integration": {"errors", "artifacts", "policies", "config"},
+    "integration": {"errors", "artifacts", "policies", "kernels", "config"},
 }
 
 

@@ -16,7 +16,11 @@ from ..statistics import KEY
 def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     state = runtime.current()
     layers = state.statistics.read() if state.statistics else None
-    result.internal_state[KEY] = {"config_sha256": state.loaded.sha256, "layers": layers}
+    result.internal_state[KEY] = {
+        "config_sha256": state.loaded.sha256,
+        "kernels": state.kernels,
+        "layers": layers,
+    }
 
 
 HOOK = Hook(
