@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .bench import bench
 from .build import build
 from .check import check
 from .client import client
@@ -51,4 +52,5 @@ app.command()(policies)
 app.command()(check)
 app.command()(build)
 app.command()(demo)
+app.add_typer(bench)
 app.command()(client)

@@ -354,7 +354,7 @@ def _run_fused(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]
 def _empty_like(
     scores: Tensor, top_k: int, ids: torch.dtype, weights: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, num_experts = scores.shape
+    num_tokens, num_experts = scores.shape[0], scores.shape[-1]
     return (
         scores.new_empty((num_tokens, top_k), dtype=ids),
         scores.new_empty((num_tokens, top_k), dtype=weights),

@@ -160,16 +160,16 @@ inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<Te
   call.top_groups = static_cast<int32_t>(top_groups);
   call.renormalize = renormalize;
   call.scale = static_cast<float>(scale);
-  call.out_ids = checker.ids(out_ids, "out_ids", rows, top_k);
-  call.out_weights = checker.floats(out_weights, "out_weights", rows, top_k);
   check(topk_ids.has_value() == topk_weights.has_value(), "topk_weights",
         "a tensor if and only if topk_ids is one");
   if (topk_ids.has_value()) {
     call.topk_ids = checker.ids(*topk_ids, "topk_ids", rows, top_k);
     call.topk_weights = checker.floats(*topk_weights, "topk_weights", rows, top_k);
-    check(call.topk_weights.type == call.out_weights.type, "out_weights",
-          "the element type of topk_weights");
   }
+  call.out_ids = checker.ids(out_ids, "out_ids", rows, top_k);
+  call.out_weights = checker.floats(out_weights, "out_weights", rows, top_k);
+  check(call.chooses() || call.topk_weights.type == call.out_weights.type, "out_weights",
+        "the element type of topk_weights");
   call.policy_ids = checker.dense<int32_t>(policy_ids, "policy_ids", kDLInt, {rows});
   call.num_steps = static_cast<int32_t>(steps);
   call.num_policies = static_cast<int32_t>(num_policies);

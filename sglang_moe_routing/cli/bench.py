@@ -1,0 +1,70 @@
+"""``bench``: measure parts of the package on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from .output import Json, clear_errors, console, print_json
+
+bench = typer.Typer(name="bench", help="Measure parts of the package.", no_args_is_help=True)
+
+
+@bench.callback()
+def _group() -> None:
+    """Keeps `op` a command of its own while it is the only one."""
+
+
+@bench.command()
+def op(
+    rows: Annotated[str, typer.Option(help="Rows (tokens) of a call.")] = "1,4,16,64,256,512",
+    experts: Annotated[str, typer.Option(help="Experts of the layer.")] = "64,128,256,512",
+    top_k: Annotated[int, typer.Option(help="Experts per token.")] = 8,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the router logits.")
+    ] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=2)] = 15,
+    threads: Annotated[int, typer.Option(help="Threads of torch on a CPU.", min=1)] = 1,
+    json: Json = False,
+) -> None:
+    """Time the re-routing operators beside the engine's top-k and the torch reference."""
+    import torch
+
+    from ..bench import ops
+
+    torch.set_num_threads(threads)
+    with clear_errors():
+        timings = list(
+            ops.run(
+                _numbers(rows, "--rows"),
+                _numbers(experts, "--experts"),
+                top_k=top_k,
+                dtype=getattr(torch, dtype),
+                device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+                rounds=rounds,
+            )
+        )
+    if json:
+        print_json(ops.summary(timings))
+        return
+    table = Table("op", "device", "rows", "experts", "us", "+-", "engine top-k us", "reference us")
+    for timing in timings:
+        numbers = (timing.median_us, timing.spread_us, timing.engine_topk_us, timing.reference_us)
+        table.add_row(
+            timing.op,
+            timing.device,
+            str(timing.rows),
+            str(timing.experts),
+            *(f"{number:.1f}" for number in numbers),
+        )
+    console.print(table)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{option} {text!r}: expected numbers such as 1,16,64")
+    return [int(part) for part in parts]

@@ -1,0 +1,185 @@
+"""The compiled kernels on a CUDA device, captured in graphs as the server does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from sglang_moe_routing.kernels import KernelTable, compile_table, fused_out, refine_out, workspace
+from sglang_moe_routing.policies import (
+    OEA,
+    PAD,
+    SERE,
+    Policy,
+    PolicyTable,
+    Rerouted,
+    Router,
+    TopK,
+    Vanilla,
+    build_table,
+    reroute,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+POLICIES: list[Policy] = [
+    Vanilla(),
+    TopK.model_validate({"k0": 3}),
+    OEA.model_validate({"k0": {"default": 3, "rows": {4: 2}}, "max_rank": 32}),
+    SERE.model_validate({"num_primary": 2, "threshold": 0.3}),
+]
+ROUTERS = {
+    "softmax": Router(),
+    "sigmoid": Router(scoring="sigmoid"),
+    "groups": Router(num_groups=8, top_groups=3, renormalize=False, scale=16.0),
+}
+NUM_EXPERTS, TOP_K = 128, 8
+WEIGHTS = {"rtol": 1e-5, "atol": 1e-7}  # exponentials and sums round differently per device
+
+
+@dataclass
+class Buffers:
+    """Static inputs and outputs of a captured call."""
+
+    logits: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    policy_ids: Tensor
+    out: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, num_rows: int, dtype: torch.dtype) -> Buffers:
+        shape = (num_rows, TOP_K)
+        out = {
+            "out_ids": torch.empty(shape, dtype=torch.int32, device="cuda"),
+            "out_weights": torch.empty(shape, device="cuda"),
+            "out_union": torch.empty(NUM_EXPERTS, dtype=torch.bool, device="cuda"),
+            "statistics": torch.zeros(6, dtype=torch.int64, device="cuda"),
+            "workspace": workspace("cuda"),
+        }
+        return cls(
+            logits=torch.zeros(num_rows, NUM_EXPERTS, dtype=dtype, device="cuda"),
+            topk_ids=torch.zeros(shape, dtype=torch.int32, device="cuda"),
+            topk_weights=torch.zeros(shape, device="cuda"),
+            policy_ids=torch.full((num_rows,), PAD, dtype=torch.int32, device="cuda"),
+            out=out,
+        )
+
+    def fill(self, seed: int, router: Router) -> None:
+        """New logits, the router's choice, new policies, and another number of live rows."""
+        generator = torch.Generator().manual_seed(seed)
+        num_rows = len(self.policy_ids)
+        grid = torch.randint(-40, 40, self.logits.shape, generator=generator) / 16  # ties
+        scores, gates = router.score(grid)
+        ids = scores.argsort(dim=1, descending=True, stable=True)[:, :TOP_K]
+        weights = gates.gather(1, ids)
+        if router.renormalize:
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        policy_ids = torch.randint(0, len(POLICIES), (num_rows,), generator=generator)
+        num_live = int(torch.randint(0, num_rows + 1, (), generator=generator))
+        policy_ids[num_live:] = PAD
+        self.logits.copy_(grid)
+        self.topk_ids.copy_(ids)
+        self.topk_weights.copy_(weights * router.scale)
+        self.policy_ids.copy_(policy_ids)
+
+    def expected(self, table: PolicyTable, router: Router) -> Rerouted:
+        logits, ids = self.logits.cpu(), self.topk_ids.cpu()
+        scores, gates = router.score(logits, ids)
+        return reroute(
+            scores,
+            gates,
+            ids,
+            self.topk_weights.cpu(),
+            self.policy_ids.cpu(),
+            table,
+            renormalize=router.renormalize,
+            scale=router.scale,
+        )
+
+    def check(self, expected: Rerouted) -> None:
+        assert torch.equal(self.out["out_ids"].cpu(), expected.topk_ids)
+        assert torch.equal(self.out["out_union"].cpu(), expected.union)
+        torch.testing.assert_close(self.out["out_weights"].cpu(), expected.topk_weights, **WEIGHTS)
+
+
+def make_tables() -> tuple[PolicyTable, KernelTable]:
+    generator = torch.Generator().manual_seed(0)
+    similarity = torch.rand(NUM_EXPERTS, NUM_EXPERTS, generator=generator)
+    table = build_table(
+        POLICIES,
+        layer=0,
+        top_k=TOP_K,
+        num_experts=NUM_EXPERTS,
+        similarity={"a": similarity},
+        artifacts=[None, None, None, "a"],
+    )
+    compiled = compile_table(table)
+    return table, KernelTable(compiled.policies.cuda(), compiled.similarity.cuda())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("num_rows", [1, 16, 33, 64, 65, 200, 1500])
+@pytest.mark.parametrize("op", ["refine", "fused"])
+def test_a_captured_call_follows_new_rows_and_policies(
+    op: str, num_rows: int, name: str, dtype: torch.dtype
+) -> None:
+    """Static buffers, new contents, no Python at replay; one launch and two."""
+    router = ROUTERS[name]
+    if op == "fused" and name == "groups":
+        pytest.skip("the fused form is for routers without groups")
+    table, kernel_table = make_tables()
+    buffers = Buffers.of(num_rows, dtype)
+
+    def call() -> None:
+        if op == "fused":
+            fused_out(buffers.logits, buffers.policy_ids, kernel_table, router, **buffers.out)
+        else:
+            choice = (buffers.topk_ids, buffers.topk_weights)
+            refine_out(
+                buffers.logits, *choice, buffers.policy_ids, kernel_table, router, **buffers.out
+            )
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()  # loads the kernels, which a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    buffers.out["statistics"].zero_()
+    totals = torch.zeros(6, dtype=torch.int64)
+    for seed in range(6):
+        buffers.fill(seed, router)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = buffers.expected(table, router)
+        buffers.check(expected)
+        num_live = (buffers.policy_ids != PAD).sum().cpu()
+        counts = (expected.active, expected.active_base, expected.moved_slots, expected.critical)
+        totals += torch.stack([(num_live > 0).long(), num_live, *counts])
+    assert buffers.out["statistics"].tolist() == totals.tolist()
+
+
+def test_a_rewritten_table_takes_effect_without_a_new_capture() -> None:
+    """What a reload does: the graph reads the table's contents at every replay."""
+    router = ROUTERS["softmax"]
+    _, kernel_table = make_tables()
+    buffers = Buffers.of(16, torch.bfloat16)
+    buffers.fill(3, router)
+    buffers.policy_ids.fill_(1)
+    choice = (buffers.topk_ids, buffers.topk_weights, buffers.policy_ids)
+    refine_out(buffers.logits, *choice, kernel_table, router, **buffers.out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        refine_out(buffers.logits, *choice, kernel_table, router, **buffers.out)
+    for kept in (3, 5, 1):
+        kernel_table.policies[1, :, 1] = kept
+        graph.replay()
+        torch.cuda.synchronize()
+        assert ((buffers.out["out_weights"] > 0).sum(dim=1) == kept).all()

@@ -1,0 +1,139 @@
+"""Which implementation is chosen, where it is built, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sglang_moe_routing.cli import app
+from sglang_moe_routing.errors import KernelError
+from sglang_moe_routing.kernels import native
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"
+)
+needs_nvcc = pytest.mark.skipif(native.cuda_home() is None, reason="no CUDA toolkit")
+
+CHOOSE = """
+from sglang_moe_routing.kernels import choose
+chosen = choose("cpu")
+print(chosen.name, "|", chosen.reason)
+"""
+
+
+def in_new_process(
+    code: str, tmp_path: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, native.CACHE: str(tmp_path / "cache"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_reference_serves_where_it_is_asked_for(tmp_path: Path) -> None:
+    done = in_new_process(CHOOSE, tmp_path, **{native.CHOICE: "torch"})
+    assert done.stdout == f"torch reference | {native.CHOICE}=torch\n"
+
+
+def test_without_a_compiler_the_reference_serves_and_one_line_says_so(tmp_path: Path) -> None:
+    done = in_new_process(CHOOSE, tmp_path, CXX="no-such-compiler")
+    assert done.stdout == "torch reference | no C++ compiler 'no-such-compiler' on PATH\n"
+    assert done.stderr.count("the torch reference does the re-routing") == 1
+
+
+def test_without_a_compiler_native_is_an_error(tmp_path: Path) -> None:
+    done = in_new_process(CHOOSE, tmp_path, CXX="no-such-compiler", **{native.CHOICE: "native"})
+    assert "KernelError" in done.stderr
+    assert "no C++ compiler 'no-such-compiler'" in done.stderr
+
+
+@needs_compiler
+def test_a_broken_build_is_an_error_not_the_reference(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-compiler"
+    compiler.write_text("#!/bin/sh\necho something is broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = in_new_process(CHOOSE, tmp_path, CXX=str(compiler))
+    assert done.returncode != 0
+    assert "something is broken" in done.stderr
+    assert "torch reference" not in done.stdout
+
+
+@needs_compiler
+def test_a_build_is_made_once_and_found_again(tmp_path: Path) -> None:
+    first = in_new_process(CHOOSE, tmp_path)
+    second = in_new_process(CHOOSE, tmp_path)
+    assert "compiled now" in first.stdout, first.stderr
+    assert "compiled in" in second.stdout
+    assert "compiling the cpu kernels" in first.stderr
+    assert second.stderr == ""
+    unfinished = next((tmp_path / "cache").glob("cpu-*/ready"))
+    unfinished.unlink()
+    assert "compiled now" in in_new_process(CHOOSE, tmp_path).stdout
+
+
+@needs_compiler
+def test_the_instruction_set_can_be_chosen(tmp_path: Path) -> None:
+    name = {native.CACHE: str(native.cache_folder()), native.INSTRUCTION_SET: "portable"}
+    assert in_new_process(CHOOSE, tmp_path, **name).stdout.startswith("cpu portable |")
+    name[native.INSTRUCTION_SET] = "sse9"
+    assert "'sse9' is not one of" in in_new_process(CHOOSE, tmp_path, **name).stderr
+
+
+def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
+    done = in_new_process(CHOOSE, tmp_path, **{native.CHOICE: "fast"})
+    assert "'fast' is not one of auto, native, torch" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("built", "device", "runs"),
+    [
+        ("8.0", "8.0", True),
+        ("8.0", "8.9", True),
+        ("8.9", "8.0", False),
+        ("8.9", "9.0", False),
+        ("9.0", "10.0", False),
+        ("10.0", "10.3", True),
+        ("12.0", "12.1", True),
+    ],
+)
+def test_cubins_run_on_later_cards_of_the_same_major_version(
+    built: str, device: str, runs: bool
+) -> None:
+    assert native._runs_on(built, device) == runs
+
+
+@pytest.mark.parametrize("architecture", ["90", "sm_90", "9.0a", ""])
+def test_a_bad_architecture_is_named(architecture: str) -> None:
+    with pytest.raises(KernelError, match=r"expected one such as 9\.0"):
+        native.build_cuda([architecture])
+
+
+def test_a_wrong_cuda_home_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(KernelError, match=r"CUDA_HOME=.* holds no CUDA toolkit"):
+        native.cuda_home()
+
+
+@needs_nvcc
+@needs_compiler
+def test_cuda_kernels_are_built_ahead_of_time_and_load_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`build --arch` for a card that is not here; the binary is found for every card it fits."""
+    monkeypatch.setenv(native.CACHE, str(tmp_path))
+    done = CliRunner().invoke(app, ["build", "--arch", "8.0", "--no-cpu", "--json"])
+    assert done.exit_code == 0, done.output
+    folder = Path(json.loads(done.stdout)["cuda"])
+    assert native._find_built("cuda", ("8.6",)) == folder
+    assert native._find_built("cuda", ("9.0",)) is None
+    assert callable(native._load(folder, "cuda").reroute)

@@ -1,0 +1,223 @@
+"""The operators as torch sees them: schemas, fake tensors, compilation, and clear errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sglang_moe_routing.errors import KernelError
+from sglang_moe_routing.kernels import (
+    KernelTable,
+    choose,
+    compile_table,
+    fused,
+    fused_out,
+    refine,
+    refine_out,
+    unsupported,
+)
+from sglang_moe_routing.policies import OEA, Policy, Router, TopK, Vanilla, build_table
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+NUM_TOKENS, NUM_EXPERTS, TOP_K = 6, 16, 4
+
+pytestmark = pytest.mark.skipif(
+    not choose("cpu").is_native, reason=f"no compiled kernels: {choose('cpu').reason}"
+)
+
+
+def make_table(device: str = "cpu", num_experts: int = NUM_EXPERTS) -> KernelTable:
+    policies: list[Policy] = [Vanilla(), TopK.model_validate({"k0": 2}), OEA(k0=2)]
+    table = build_table(policies, layer=0, top_k=TOP_K, num_experts=num_experts, device=device)
+    return compile_table(table)
+
+
+def inputs(device: str = "cpu") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(NUM_TOKENS, NUM_EXPERTS, generator=generator)
+    weights, ids = logits.softmax(dim=1).topk(TOP_K)
+    policy_ids = torch.arange(NUM_TOKENS) % 3
+    tensors = {
+        "scores": logits,
+        "topk_ids": ids.int(),
+        "topk_weights": weights,
+        "policy_ids": policy_ids.int(),
+    }
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def refine_arguments(device: str) -> tuple[Any, ...]:
+    given, table = inputs(device), make_table(device)
+    choice = (given["topk_ids"], given["topk_weights"], given["policy_ids"])
+    return (
+        given["scores"],
+        None,
+        None,
+        *choice,
+        table.policies,
+        table.similarity,
+        0,
+        1,
+        1,
+        True,
+        1.0,
+    )
+
+
+def fused_arguments(device: str) -> tuple[Any, ...]:
+    given, table = inputs(device), make_table(device)
+    return (given["scores"], given["policy_ids"], table.policies, table.similarity, 0, True, 1.0)
+
+
+def outputs(device: str) -> dict[str, Tensor | None]:
+    return {
+        "out_ids": torch.empty(NUM_TOKENS, TOP_K, dtype=torch.int32, device=device),
+        "out_weights": torch.empty(NUM_TOKENS, TOP_K, device=device),
+        "out_union": torch.empty(NUM_EXPERTS, dtype=torch.bool, device=device),
+        "statistics": torch.zeros(6, dtype=torch.int64, device=device),
+        "workspace": None,
+    }
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["refine", "refine_out", "fused", "fused_out"])
+def test_operators_keep_torchs_rules(name: str, device: str) -> None:
+    """Schema, fake implementation and dispatch agree, as torch's own check of operators sees it."""
+    arguments = refine_arguments(device) if name.startswith("refine") else fused_arguments(device)
+    statistics = torch.zeros(6, dtype=torch.int64, device=device)
+    op = getattr(torch.ops.sglang_moe_routing, name).default
+    if name.endswith("_out"):
+        torch.library.opcheck(op, arguments, outputs(device))
+    elif name == "refine":
+        torch.library.opcheck(op, (*arguments, statistics))
+    else:
+        torch.library.opcheck(op, (*arguments, TOP_K, statistics))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_model_around_them_compiles_without_a_graph_break(backend: str, device: str) -> None:
+    given, table, router = inputs(device), make_table(device), Router()
+
+    def model(scores: Tensor, ids: Tensor, weights: Tensor, policy_ids: Tensor) -> Tensor:
+        _, refined, _ = refine(scores * 2, ids, weights, policy_ids, table, router)
+        chosen, chosen_weights, _ = fused(scores * 2, policy_ids, table, router, TOP_K)
+        return refined.sum(dim=1) + (chosen * chosen_weights).sum(dim=1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(*given.values()), model(*given.values()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dispatched_and_direct_calls_are_the_same(device: str) -> None:
+    given = inputs(device)
+    direct = refine(**given, table=make_table(device), router=Router())
+    dispatched = torch.ops.sglang_moe_routing.refine.default(*refine_arguments(device), None)
+    for left, right in zip(direct, dispatched, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_statistics_are_added_to() -> None:
+    statistics = torch.full((6,), 100, dtype=torch.int64)
+    refine(**inputs(), table=make_table(), router=Router(), statistics=statistics)
+    assert statistics[:2].tolist() == [101, 100 + NUM_TOKENS]
+    assert (statistics[2:4] > 100).all()
+
+
+def with_changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+    given = inputs()
+    given[name] = change(given[name])
+    return lambda: refine(**given, table=make_table(), router=Router())
+
+
+def choose_among(num_experts: int, top_k: int) -> object:
+    scores = torch.zeros(NUM_TOKENS, num_experts)
+    table = make_table(num_experts=num_experts)
+    return fused(scores, inputs()["policy_ids"], table, Router(), top_k)
+
+
+BAD_CALLS = {
+    "scores: expected float32, bfloat16 or float16": with_changed("scores", Tensor.double),
+    "scores: expected a matrix": with_changed("scores", lambda t: t[0]),
+    r"topk_ids: expected shape \[6, 4\], got \[5, 4\]": with_changed("topk_ids", lambda t: t[:5]),
+    "topk_ids: expected int32 or int64": with_changed("topk_ids", Tensor.short),
+    "topk_weights: expected float32": with_changed("topk_weights", Tensor.double),
+    r"policy_ids: expected shape \[6\]": with_changed("policy_ids", lambda t: t[:3]),
+    "policy_ids: expected elements of 32 bits": with_changed("policy_ids", Tensor.long),
+    "similarity: expected shape": lambda: refine(
+        **inputs(), table=make_table(num_experts=17), router=Router()
+    ),
+    "num_groups: expected a divisor": lambda: refine(
+        **inputs(), table=make_table(), router=Router(num_groups=3, top_groups=1)
+    ),
+    "top_groups: expected 1 to num_groups": lambda: refine(
+        **inputs(), table=make_table(), router=Router(num_groups=4, top_groups=5)
+    ),
+    "statistics: expected shape": lambda: refine(
+        **inputs(),
+        table=make_table(),
+        router=Router(),
+        statistics=torch.zeros(4, dtype=torch.int64),
+    ),
+    "out_ids: expected a top_k of 1 to 16": lambda: fused(
+        inputs()["scores"].repeat(1, 2),
+        inputs()["policy_ids"],
+        make_table(num_experts=32),
+        Router(),
+        17,
+    ),
+    "scores: expected 1 to 512 experts": lambda: fused(
+        torch.zeros(6, 513), inputs()["policy_ids"], make_table(num_experts=513), Router(), 4
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_a_bad_argument_is_named(message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BAD_CALLS[message]()
+
+
+def test_outputs_are_checked_too() -> None:
+    given, out = inputs(), outputs("cpu")
+    out["out_weights"] = torch.empty(NUM_TOKENS, TOP_K, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="out_weights: expected the element type of topk_weights"):
+        refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
+    out = outputs("cpu") | {"out_ids": torch.empty(TOP_K, NUM_TOKENS, dtype=torch.int32).T}
+    with pytest.raises(ValueError, match="out_ids: expected adjacent elements"):
+        fused_out(given["scores"], given["policy_ids"], make_table(), Router(), **out)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("router", [Router(num_groups=2), Router(bias=torch.zeros(NUM_EXPERTS))])
+def test_the_fused_form_refuses_routers_that_it_cannot_replace(router: Router) -> None:
+    given = inputs()
+    with pytest.raises(KernelError, match="without bias and groups"):
+        fused(given["scores"], given["policy_ids"], make_table(), router, TOP_K)
+
+
+class Mine(TopK):
+    """A policy that exists in Python only."""
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_experts", "top_k", "router", "reason"),
+    [
+        (TopK(k0=2), 16, 4, Router(), ""),
+        (Mine(k0=2), 16, 4, Router(), "policies of kind Mine exist in Python only"),
+        (TopK(k0=2), 513, 4, Router(), "513 experts are more than the 512"),
+        (TopK(k0=2), 64, 17, Router(), "17 experts per token are more than the 16"),
+        (TopK(k0=2), 66, 4, Router(num_groups=33), "33 expert groups are more than the 32"),
+    ],
+)
+def test_what_kernels_cannot_serve_is_known_beforehand(
+    policy: Policy, num_experts: int, top_k: int, router: Router, reason: str
+) -> None:
+    table = build_table([Vanilla(), policy], layer=0, top_k=top_k, num_experts=num_experts)
+    found = unsupported(table, router, num_experts, top_k)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
