@@ -16,6 +16,7 @@ from typing import Any
 from sglang_moe_routing.config import json_schema
 from sglang_moe_routing.config.schema import NAME_PATTERN
 from sglang_moe_routing.integration import environment
+from sglang_moe_routing.kernels import native
 from sglang_moe_routing.policies import Schedule, builtin_registry
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -167,7 +168,7 @@ def render() -> str:
         "## Similarity artifacts\n",
         SIMILARITY,
         "## Environment variables\n",
-        _rows(("variable", "meaning"), list(_variables(environment))),
+        _rows(("variable", "meaning"), [*_variables(environment), *_variables(native)]),
         "SGLang's own variables that matter are in "
         "[limits.md](limits.md#the-portable-cpu-platform).",
     ]

@@ -194,7 +194,7 @@ def make_scores(rng: np.random.Generator, mode: str, shape: tuple[int, int]) -> 
 
 def make_gates(rng: np.random.Generator, mode: str, scores: np.ndarray) -> np.ndarray:
     if mode == "softmax":
-        finite = np.nan_to_num(scores.astype(np.float64), nan=-9.0, posinf=9.0, neginf=-9.0)
+        finite = np.nan_to_num(scores.astype(np.float64), nan=-9.0).clip(-9.0, 9.0)
         gates = np.exp(finite) / np.exp(finite).sum(axis=1, keepdims=True)
     elif mode == "uniform":
         gates = rng.random(scores.shape)
@@ -224,6 +224,12 @@ def make_artifact(rng: np.random.Generator, mode: str, num_experts: int) -> Tens
     return matrix.half() if mode == "half" else matrix.float()
 
 
+def first_ranks(case: Case, row: int) -> list[int]:
+    """The row's first top_k experts in rank order. Ids may be out of range or repeated."""
+    valid = [j for j in case.topk_ids[row].tolist() if 0 <= j < case.num_experts]
+    return oracles.rank_order(case.scores[row].tolist(), list(dict.fromkeys(valid)))[: case.top_k]
+
+
 def keep_off_thresholds(case: Case) -> Case:
     """Move each p < 1 until no row's partial gate mass is close enough to it to be a matter of
     rounding, and give rows without any gate mass some, because they have no partial mass."""
@@ -238,8 +244,7 @@ def keep_off_thresholds(case: Case) -> Case:
                 continue
             if not gates[row].nansum() > 0:
                 gates[row] = 0.125
-            base = oracles.in_rank_order(case.topk_ids[row].tolist(), case.scores[row].tolist())
-            shares += oracles.mass_prefixes(gates[row].tolist(), base)
+            shares += oracles.mass_prefixes(gates[row].tolist(), first_ranks(case, row))
         while any(abs(share - spec["p"]) < MASS_MARGIN for share in shares):
             spec["p"] -= 3 * MASS_MARGIN
     return replace(case, gates=gates, specs=tuple(specs))

@@ -85,15 +85,17 @@ def build(
     *,
     defines: Sequence[str] = (),
     include: Sequence[Path] = (),
+    csrc: Path = CSRC,
 ) -> Path:
     """Build a program from C++ or CUDA sources and the simulator, unless it is there already.
 
     Args:
         sources: files with the kernels and a `main`.
         flavour: plain, asan (with UBSan) or tsan.
-        defines: macros, as `NAME` or `NAME=VALUE`; the simulator gets them too.
+        defines: macros, as `NAME` or `NAME=VALUE`; the simulator gets those named SIMT_ too.
         include: folders with headers, besides csrc and CUDA's. Their files are no part of the
             cache's key; csrc's are.
+        csrc: a changed copy of csrc to take headers from. The simulator itself stays the same.
 
     Returns:
         The executable, in a folder of the user's among the temporary files.
@@ -101,13 +103,14 @@ def build(
     Raises:
         BuildError: if a source does not compile without warnings.
     """
+    common = [*COMMON_FLAGS, "-isystem", str(cuda_include())]
+    simulators = [f"-D{name}" for name in defines if name.startswith("SIMT_")]
+    simulator = _simulator(flavour, [*common, *simulators, f"-I{CSRC}"])
     macros = [f"-D{name}" for name in defines]
-    folders = [f"-I{folder}" for folder in (CSRC, *include)]
-    flags = [*COMMON_FLAGS, *macros, *folders, "-isystem", str(cuda_include())]
-    simulator = _simulator(flavour, flags)
-    flags += PROGRAM_FLAGS[flavour]
+    folders = [f"-I{folder}" for folder in (csrc, *include)]
+    flags = [*common, *macros, *folders, *PROGRAM_FLAGS[flavour]]
     inputs = ["-x", "c++", *map(str, sources), "-x", "none", str(simulator)]
-    return _compile(flags, inputs, [*sources, *_files(CSRC)], f"{sources[0].stem}-{flavour}")
+    return _compile(flags, inputs, [*sources, *_files(csrc)], f"{sources[0].stem}-{flavour}")
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Send re-routing calls to ``route_driver.cu``: the CUDA kernels on the simulator, or the CPU code."""
+"""Send re-routing calls to ``route_driver.cu``: CUDA kernels on the simulator, or the CPU code."""
 
 from __future__ import annotations
 
@@ -161,12 +161,9 @@ class Driver:
     def _receive_rows(self, dtype: torch.dtype, rows: int, columns: int, gap: int) -> Tensor:
         """A matrix whose rows lie apart. Nobody but the driver may have written between them."""
         extent = max(rows * (columns + gap) - gap, 0)
-        flat = self._receive(dtype, (extent,))
-        matrix = flat.as_strided((rows, columns), (columns + gap, 1)).clone()
-        if gap > 0 and rows > 1:
-            between = flat.as_strided((rows - 1, gap), (columns + gap, 1), columns).contiguous()
-            assert (between.view(torch.uint8) == GAP).all(), "written between the rows"
-        return matrix
+        matrix = self._receive(dtype, (extent,)).as_strided((rows, columns), (columns + gap, 1))
+        assert_gaps_untouched(matrix)
+        return matrix.contiguous()
 
     def _receive(self, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
         empty = torch.empty(tuple(shape), dtype=dtype)
@@ -207,16 +204,36 @@ def build_driver(
     )
 
 
+def apart(matrix: Tensor, gap: int) -> Tensor:
+    """A copy with `gap` elements between its rows."""
+    num_rows, num_columns = matrix.shape
+    size = num_rows * (num_columns + gap) * matrix.element_size()
+    flat = torch.full((size,), GAP, dtype=torch.uint8).view(matrix.dtype)
+    copy = flat.view(num_rows, num_columns + gap)[:, :num_columns]
+    return copy.copy_(matrix)
+
+
+def assert_gaps_untouched(matrix: Tensor) -> None:
+    """Nobody has written between the rows of a copy that `apart` made."""
+    num_rows, num_columns = matrix.shape
+    gap = _stride(matrix) - num_columns
+    if gap <= 0 or num_rows < 2:
+        return
+    start = matrix.storage_offset() + num_columns
+    between = matrix.as_strided((num_rows - 1, gap), matrix.stride(), start).contiguous()
+    assert (between.view(torch.uint8) == GAP).all(), "written between the rows"
+
+
 def _stride(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
 
 
 def _bytes(matrix: Tensor) -> bytes:
     """The memory from a matrix's first to its last element, gaps between rows included."""
-    assert matrix.stride(1) == 1 or matrix.shape[1] == 1
     num_rows, num_columns = matrix.shape
     if matrix.numel() == 0:
         return b""
+    assert matrix.stride(1) == 1 or num_columns == 1
     extent = (num_rows - 1) * _stride(matrix) + num_columns
     flat: Any = matrix.as_strided((extent,), (1,))
     return np.asarray(flat.view(torch.uint8)).tobytes()

@@ -1,0 +1,628 @@
+"""Every implementation of the re-routing against the oracle, and the promises of the semantics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sglang_moe_routing import kernels
+from sglang_moe_routing.kernels import compile_table, native
+from sglang_moe_routing.policies import PAD, Policy, PolicyTable, Router, build_table
+from sglang_moe_routing.policies.base import CountSchedule, Engagement
+from tests import oracles
+from tests.cases import (
+    FLOATS,
+    OEA_2,
+    ONE_OF_EACH,
+    SERE_1,
+    Case,
+    Shape,
+    Spec,
+    ask_oracle,
+    assert_close,
+    assert_same_bits,
+    bits,
+    cases,
+    keep_off_thresholds,
+    make_artifact,
+    make_base,
+    make_gates,
+    make_scores,
+    policy_ids,
+    table_of,
+    to_policy,
+)
+from tests.kernels.conftest import Call, Implementation, ask_reference
+from tests.kernels.driver import Outcome, apart
+
+NUM_EXPERTS = (1, 7, 8, 60, 64, 72, 128, 160, 256, 512)
+MAX_TOP_K = 16
+
+thorough = settings(max_examples=120, deadline=None, database=None)
+brief = settings(max_examples=40, deadline=None, database=None)
+
+
+@st.composite
+def shapes(draw: st.DrawFn, most_rows: int = 24) -> Shape:
+    """The sizes of real models and around the limits of warps; few rows where there are many
+    experts, because the oracle is slow."""
+    num_experts = draw(st.sampled_from(NUM_EXPERTS))
+    rows = st.integers(0, most_rows if num_experts <= 128 else most_rows // 4)
+    return draw(rows), num_experts, draw(st.integers(1, min(num_experts, MAX_TOP_K)))
+
+
+def any_cases(**options: Any) -> st.SearchStrategy[Case]:
+    options = {"shapes": shapes(), "score_types": FLOATS, "weight_types": FLOATS, **options}
+    return cases(**options)
+
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+def call_of(case: Case, *, seed: int = 0, table: PolicyTable | None = None) -> Call:
+    return Call(
+        scores=case.scores,
+        policy_ids=policy_ids(case, torch.int32),
+        table=table_of(case) if table is None else table,
+        router=Router(renormalize=case.renormalize, scale=case.scale),
+        top_k=case.top_k,
+        topk_ids=case.topk_ids,
+        topk_weights=case.topk_weights,
+        gates=case.gates,
+        seed=seed,
+    )
+
+
+def statistics_of(case: Case, expected: oracles.Routed) -> list[int]:
+    """Calls, rows, active, active_base, moved slots, critical, from the oracle's answer."""
+    base, final = case.topk_ids.tolist(), expected.ids.tolist()
+    moved = [j for b in case.live for j in base[b] if j not in final[b]]
+    touched = {j for b in case.live for j in final[b]}
+    num_critical = len(touched - set(expected.active))
+    sizes = [expected.distinct, expected.distinct_base, len(moved), num_critical]
+    return [int(len(case.live) > 0), len(case.live), *sizes]
+
+
+def assert_as_oracle(got: Outcome, case: Case) -> None:
+    expected = ask_oracle(case)
+    assert got.topk_ids.dtype == case.topk_ids.dtype
+    assert got.topk_weights.dtype == case.topk_weights.dtype
+    assert got.topk_ids.tolist() == expected.ids.tolist()
+    assert got.union.nonzero().flatten().tolist() == expected.active
+    assert got.statistics == statistics_of(case, expected)
+    assert_close(got.topk_weights, torch.from_numpy(expected.weights))
+
+
+def assert_same(got: Outcome, expected: Outcome) -> None:
+    """Two runs of one implementation: not one bit differs."""
+    assert torch.equal(got.topk_ids, expected.topk_ids)
+    assert_same_bits(got.topk_weights, expected.topk_weights)
+    assert torch.equal(got.union, expected.union)
+    assert got.statistics == expected.statistics
+
+
+def assert_agrees(got: Outcome, expected: Outcome) -> None:
+    """Two implementations: ids and counts exact, weights to rounding."""
+    assert got.topk_ids.tolist() == expected.topk_ids.tolist()
+    assert torch.equal(got.union, expected.union)
+    assert got.statistics == expected.statistics
+    assert_close(got.topk_weights, expected.topk_weights)
+
+
+# --- against the oracle ------------------------------------------------------------------------
+
+
+@thorough
+@given(any_cases(), seeds)
+def test_any_mix_of_policies_gives_what_the_oracle_gives(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """Ids, weights, U and all statistics equal those of the slow loops, for every size and type,
+    with ties, NaN, infinities and subnormals, wherever padded rows lie."""
+    assert_as_oracle(implementation(call_of(case, seed=seed)), case)
+
+
+def varied_case(shape: Shape, seed: int) -> Case:
+    """A case that is too big to be drawn by hypothesis."""
+    rng = np.random.default_rng(seed)
+    num_rows, num_experts, top_k = shape
+    mode = ("smooth", "ties", "special")[seed % 3]
+    scores = torch.from_numpy(make_scores(rng, mode, (num_rows, num_experts)))
+    scores = scores.to(FLOATS[(seed + num_rows) % 3])
+    seen = scores.float().numpy()
+    specs = (
+        {"kind": "vanilla"},
+        {"kind": "topk", "k0": max(1, top_k - 1)},
+        {**OEA_2, "k0": (top_k + 1) // 2},
+        {**OEA_2, "k0": top_k, "p": 0.6, "max_rank": min(num_experts, 2 * top_k)},
+        SERE_1,
+        {**SERE_1, "S": (top_k + 1) // 2, "rho": 0.9, "artifact": "a"},
+    )
+    drawn = rng.integers(-1, len(specs), num_rows).tolist()
+    return keep_off_thresholds(
+        Case(
+            scores=scores,
+            gates=torch.from_numpy(make_gates(rng, ("softmax", "holes")[seed % 2], seen)),
+            topk_ids=torch.from_numpy(make_base(rng, seen, top_k, is_routers=seed % 2 == 0)).int(),
+            topk_weights=torch.from_numpy(rng.uniform(0.01, 1, (num_rows, top_k))).float(),
+            specs=specs,
+            row_specs=tuple(None if index < 0 else index for index in drawn),
+            artifacts={name: make_artifact(rng, "smooth", num_experts) for name in ("a", "b")},
+            renormalize=seed % 2 == 0,
+            scale=2.5,
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (33, 60, 4),
+        (64, 256, 8),
+        (65, 128, 8),
+        (65, 512, 10),
+        (130, 128, 6),
+        (513, 128, 8),
+        (1100, 8, 2),
+    ],
+    ids=str,
+)
+def test_many_rows_give_what_the_oracle_gives(
+    implementation: Implementation, shape: Shape, seed: int
+) -> None:
+    """More rows than warps in a block, than rows in a launch, than warps in a grid."""
+    case = varied_case(shape, seed)
+    assert_as_oracle(implementation(call_of(case, seed=seed)), case)
+
+
+# --- schedules ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one policy does at which number of live rows: off outside [min_rows, max_rows], and
+    `counts[start]` experts from `start` live rows on in place of the policy's own number."""
+
+    min_rows: int
+    max_rows: int | None
+    counts: dict[int, int]
+
+    def spec(self, spec: Spec, num_live: int) -> Spec:
+        """The policy that holds for this number of live rows."""
+        if num_live < self.min_rows or (self.max_rows is not None and num_live > self.max_rows):
+            return {"kind": "vanilla"}
+        reached = [start for start in self.counts if start <= num_live]
+        name = COUNT_NAMES.get(spec["kind"])
+        if not reached or name is None:
+            return spec
+        return {**spec, name[0]: self.counts[max(reached)]}
+
+    def policy(self, spec: Spec) -> Policy:
+        policy = to_policy(spec)
+        changes: dict[str, Any] = {
+            "engage": Engagement(min_rows=self.min_rows, max_rows=self.max_rows)
+        }
+        name = COUNT_NAMES.get(spec["kind"])
+        if name is not None:
+            changes[name[1]] = CountSchedule(default=spec[name[0]], rows=self.counts)
+        return policy.model_copy(update=changes)
+
+
+COUNT_NAMES = {"topk": ("k0", "k0"), "oea": ("k0", "k0"), "sere": ("S", "num_primary")}
+"""The number that a schedule changes: in the oracle's dict, in the package's policy."""
+
+
+@st.composite
+def plans(draw: st.DrawFn, top_k: int, most_rows: int) -> Plan:
+    starts = st.integers(1, most_rows)
+    min_rows = draw(st.just(1) | starts)
+    return Plan(
+        min_rows=min_rows,
+        max_rows=draw(st.none() | st.integers(min_rows, most_rows + 1)),
+        counts=draw(st.dictionaries(starts, st.integers(1, top_k), max_size=3)),
+    )
+
+
+def scheduled(case: Case, planned: Sequence[Plan]) -> tuple[Case, PolicyTable]:
+    """The case that holds for its number of live rows, and the table for every number."""
+    pairs = list(zip(planned, case.specs, strict=True))
+    table = build_table(
+        [plan.policy(spec) for plan, spec in pairs],
+        layer=0,
+        top_k=case.top_k,
+        num_experts=case.num_experts,
+        similarity=case.artifacts,
+        artifacts=[spec.get("artifact") for spec in case.specs],
+    )
+    now = tuple(plan.spec(spec, len(case.live)) for plan, spec in pairs)
+    return replace(case, specs=now), table
+
+
+@thorough
+@given(any_cases(), st.data())
+def test_policies_follow_the_number_of_live_rows(
+    implementation: Implementation, case: Case, data: st.DataObject
+) -> None:
+    """Steps and engagement go by live rows, not by all rows, and hold from their start on."""
+    plan = plans(case.top_k, max(case.num_rows, 1))
+    size = len(case.specs)
+    case, table = scheduled(case, data.draw(st.lists(plan, min_size=size, max_size=size)))
+    assert_as_oracle(implementation(call_of(case, seed=data.draw(seeds), table=table)), case)
+
+
+@pytest.mark.parametrize("num_live", [1, 69, 70, 71, 100])
+def test_many_rows_are_counted_when_steps_are_chosen(
+    implementation: Implementation, num_live: int
+) -> None:
+    """Beyond one block too, the step that starts at 70 live rows starts at 70."""
+    case = varied_case((100, 60, 6), seed=0)
+    padded = np.random.default_rng(num_live).permutation(100)[: 100 - num_live].tolist()
+    rows = tuple(None if b in padded else (i or 0) for b, i in enumerate(case.row_specs))
+    planned = [Plan(min_rows=1, max_rows=None, counts={70: 1, 71: 2})] * len(case.specs)
+    case, table = scheduled(replace(case, row_specs=rows), planned)
+    assert_as_oracle(implementation(call_of(case, table=table)), case)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    return matrix.T.contiguous().T
+
+
+def test_layouts_are_what_they_say() -> None:
+    """The two ways to lay a matrix out that the tests below rely on."""
+    matrix = torch.arange(6).view(2, 3)
+    assert apart(matrix, 4).stride() == (7, 1)
+    assert transposed(matrix).stride() == (1, 2)
+    assert torch.equal(apart(matrix, 4), matrix)
+
+
+@brief
+@given(any_cases(), st.sampled_from((lambda x: apart(x, 1), lambda x: apart(x, 5), transposed)))
+def test_inputs_may_be_non_contiguous(
+    compiled: Implementation, case: Case, layout: Callable[[Tensor], Tensor]
+) -> None:
+    """Rows that lie apart, or matrices that lie transposed, give what contiguous ones give."""
+    call = call_of(case)
+    assert_same(compiled(call.laid_out(layout)), compiled(call))
+
+
+@brief
+@given(any_cases(), st.integers(1, 5))
+def test_outputs_may_be_part_of_wider_tensors(
+    compiled: Implementation, case: Case, gap: int
+) -> None:
+    """The same outcome, and nothing beside the rows of the outputs is written."""
+    call = call_of(case)
+    assert_same(compiled(call, out_gap=gap), compiled(call))
+
+
+@brief
+@given(any_cases(), st.integers(0, 3), seeds)
+def test_outputs_may_be_the_inputs(
+    compiled: Implementation, case: Case, gap: int, seed: int
+) -> None:
+    """In place the outcome is the same, also where the rows lie apart."""
+    call = call_of(case, seed=seed)
+    assert_same(compiled(call.laid_out(lambda x: apart(x, gap)), in_place=True), compiled(call))
+
+
+@pytest.mark.parametrize("num_rows", [65, 130])
+def test_many_rows_may_be_routed_in_place(compiled: Implementation, num_rows: int) -> None:
+    """In place beyond one block, where the choice is read by two launches."""
+    call = call_of(varied_case((num_rows, 64, 6), seed=1), seed=1)
+    assert_same(compiled(call, in_place=True), compiled(call))
+
+
+# --- odd input ---------------------------------------------------------------------------------
+
+
+def with_garbage(case: Case, seed: int) -> Case:
+    """Ids out of range and ids twice, in some slots or in all."""
+    rng = np.random.default_rng(seed)
+    n = case.num_experts
+    noise = [-1, n, 2**31 - 1, -(2**31), 0, n - 1, n // 2]
+    if case.topk_ids.dtype == torch.int64:
+        noise += [2**63 - 1, -(2**63), 2**32, 2**32 + 1]
+    shape = tuple(case.topk_ids.shape)
+    garbage = torch.from_numpy(rng.choice(np.array(noise), shape)).to(case.topk_ids.dtype)
+    hit = torch.from_numpy(rng.random(shape) < rng.choice((0.3, 1.0)))
+    bad = replace(case, topk_ids=torch.where(hit, garbage, case.topk_ids))
+    return keep_off_thresholds(bad)
+
+
+@thorough
+@given(any_cases(), st.integers(0, 2**32 - 1), seeds)
+def test_ids_out_of_range_or_repeated_are_handled_as_by_the_reference(
+    compiled: Implementation, case: Case, noise: int, seed: int
+) -> None:
+    """A broken choice gives what the reference makes of it; re-routed rows hold valid ids."""
+    bad = with_garbage(case, noise)
+    call = call_of(bad, seed=seed)
+    got = compiled(call)
+    assert_agrees(got, ask_reference(call))
+    for row, ids in enumerate(got.topk_ids.tolist()):
+        spec = bad.spec(row)
+        if spec is None or not oracles.keeps_base(spec, bad.top_k):
+            assert all(0 <= j < bad.num_experts for j in ids)
+
+
+@brief
+@given(any_cases(min_rows=1), st.data())
+def test_policies_that_the_table_lacks_are_vanilla(
+    compiled: Implementation, case: Case, data: st.DataObject
+) -> None:
+    """A policy id outside the table is a live row that is left alone."""
+    size = len(case.specs)
+    case = replace(case, specs=(*case.specs, {"kind": "vanilla"}))
+    rows = data.draw(st.lists(st.integers(0, case.num_rows - 1), min_size=1, max_size=4))
+    unknown = st.sampled_from((size, size + 5, 2**31 - 1, -2, -(2**31)))
+    known = replace(
+        case, row_specs=tuple(size if b in rows else i for b, i in enumerate(case.row_specs))
+    )
+    plan = policy_ids(case, torch.int32)
+    for row in rows:
+        plan[row] = data.draw(unknown)
+    table = table_of(replace(case, specs=case.specs[:-1]))
+    got = compiled(replace(call_of(known), policy_ids=plan, table=table))
+    assert_same(got, compiled(call_of(known)))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 70])
+def test_a_call_of_padding_alone_names_expert_0_at_no_weight(
+    implementation: Implementation, num_rows: int
+) -> None:
+    """Without a live row nothing is required, active or counted."""
+    case = varied_case((num_rows, 9, 3), seed=2)
+    case = replace(case, row_specs=(None,) * num_rows)
+    got = implementation(call_of(case))
+    assert got.topk_ids.tolist() == [[0, 0, 0]] * num_rows
+    assert got.topk_weights.tolist() == [[0.0, 0.0, 0.0]] * num_rows
+    assert not got.union.any()
+    assert got.statistics == [0] * 6
+
+
+# --- the fused form ----------------------------------------------------------------------------
+
+
+@thorough
+@given(
+    any_cases(),
+    st.sampled_from(("softmax", "sigmoid", "sqrtsoftplus")),
+    st.booleans(),
+    st.sampled_from((1.0, 2.5)),
+    seeds,
+)
+def test_fused_is_a_stable_top_k_and_then_the_reference(
+    compiled: Implementation,
+    case: Case,
+    scoring: Any,
+    renormalize: bool,
+    scale: float,
+    seed: int,
+) -> None:
+    """Ties go to the lower id, NaN comes last, and the weights are the model's own."""
+    specs = tuple({**spec, "p": 1.0} if "p" in spec else spec for spec in case.specs)
+    call = Call(
+        scores=case.scores,
+        policy_ids=policy_ids(case, torch.int32),
+        table=table_of(replace(case, specs=specs)),
+        router=Router(scoring=scoring, renormalize=renormalize, scale=scale),
+        top_k=case.top_k,
+        seed=seed,
+    )
+    got, expected = compiled(call), ask_reference(call)
+    assert got.topk_ids.dtype == torch.int32
+    assert got.topk_weights.dtype == torch.float32
+    assert got.topk_ids.tolist() == expected.topk_ids.tolist()
+    assert torch.equal(got.union, expected.union)
+    assert got.statistics == expected.statistics
+    # two exponentials of 3e-6 each; see test_routers.py for the smallest gates
+    torch.testing.assert_close(got.topk_weights, expected.topk_weights, rtol=1e-5, atol=1e-18)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("num_rows", [40, 65, 130])
+def test_fused_with_many_rows(compiled: Implementation, num_rows: int, dtype: torch.dtype) -> None:
+    """The fused form beyond one block, into tensors whose rows lie apart."""
+    case = varied_case((num_rows, 128, 8), seed=1)
+    specs = tuple({**spec, "p": 1.0} if "p" in spec else spec for spec in case.specs)
+    call = Call(
+        scores=case.scores.to(dtype),
+        policy_ids=policy_ids(case, torch.int32),
+        table=table_of(replace(case, specs=specs)),
+        router=Router(renormalize=False, scale=2.0),
+        top_k=8,
+        seed=3,
+    )
+    got, expected = compiled(call, out_gap=3), ask_reference(call)
+    assert_same(got, compiled(call))
+    assert got.topk_ids.tolist() == expected.topk_ids.tolist()
+    assert got.statistics == expected.statistics
+    torch.testing.assert_close(got.topk_weights, expected.topk_weights, rtol=1e-5, atol=1e-18)
+
+
+# --- promises ----------------------------------------------------------------------------------
+
+ODD_BITS = {
+    torch.float32: (0x7FC01234, 0x7F800001, -(2**31), 0x7F800000, 1),
+    torch.bfloat16: (0x7FC1, 0x7F81, -(2**15), 0x7F80, 1),
+    torch.float16: (0x7E01, 0x7C01, -(2**15), 0x7C00, 1),
+}
+"""NaN with a payload, signalling NaN, -0.0, infinity, the smallest subnormal."""
+
+
+@brief
+@given(any_cases(kinds=("vanilla", "vanilla", "oea", "sere")), st.integers(0, 2**32 - 1))
+def test_vanilla_rows_pass_bit_for_bit(compiled: Implementation, case: Case, seed: int) -> None:
+    """A vanilla row leaves with the very bits it came with, odd weights and ids included."""
+    rng = np.random.default_rng(seed)
+    raw = bits(case.topk_weights).clone()
+    ids = case.topk_ids.clone()
+    vanilla = [b for b in case.live if case.spec(b) == {"kind": "vanilla"}]
+    for row in vanilla:
+        raw[row] = torch.from_numpy(rng.choice(ODD_BITS[case.topk_weights.dtype], case.top_k))
+        ids[row, rng.integers(case.top_k)] = int(rng.choice((-1, 2**31 - 1)))
+    odd = replace(case, topk_ids=ids, topk_weights=raw.view(case.topk_weights.dtype))
+    got = compiled(call_of(odd))
+    assert torch.equal(got.topk_ids[vanilla], ids[vanilla])
+    assert_same_bits(got.topk_weights[vanilla], odd.topk_weights[vanilla])
+
+
+@brief
+@given(any_cases(min_live=1), st.sampled_from(("topk", "oea", "sere")))
+def test_keeping_all_k_experts_is_vanilla(compiled: Implementation, case: Case, kind: str) -> None:
+    """k0 = k or S = k leaves every live row bit for bit, in the engine's column order."""
+    k = case.top_k
+    full: dict[str, Spec] = {
+        "topk": {"kind": "topk", "k0": k},
+        "oea": {**OEA_2, "k0": k},
+        "sere": {**SERE_1, "S": k, "rho": -1.0},
+    }
+    rows = tuple(None if i is None else 0 for i in case.row_specs)
+    case = replace(case, specs=(full[kind],), row_specs=rows)
+    got = compiled(call_of(case))
+    assert torch.equal(got.topk_ids[case.live], case.topk_ids[case.live])
+    assert_same_bits(got.topk_weights[case.live], case.topk_weights[case.live])
+
+
+@brief
+@given(any_cases(), seeds)
+def test_rerouting_never_adds_active_experts(
+    compiled: Implementation, case: Case, seed: int
+) -> None:
+    """T <= T_base, and every final expert is in U or was in the row's own base."""
+    got = compiled(call_of(case, seed=seed))
+    assert got.statistics[2] <= got.statistics[3]
+    union = set(got.union.nonzero().flatten().tolist())
+    for row in case.live:
+        assert set(got.topk_ids[row].tolist()) <= union | set(case.topk_ids[row].tolist())
+
+
+@brief
+@given(any_cases(min_rows=2), st.randoms(use_true_random=False), seeds)
+def test_permuting_rows_permutes_the_outcome(
+    compiled: Implementation, case: Case, random: Any, seed: int
+) -> None:
+    """The order of the rows in the batch does not matter, nor does the order of threads."""
+    order = list(range(case.num_rows))
+    random.shuffle(order)
+    got = compiled(call_of(case))
+    permuted = compiled(call_of(case.rows(order), seed=seed))
+    picked = replace(got, topk_ids=got.topk_ids[order], topk_weights=got.topk_weights[order])
+    assert_same(permuted, picked)
+
+
+def with_padding(case: Case, places: Sequence[int], seed: int) -> Case:
+    """Padded rows that hold anything, inserted before the rows `places`."""
+    noise = np.random.default_rng(seed)
+    n, k = case.num_experts, case.top_k
+    for place in places:
+        rows = {
+            "scores": torch.from_numpy(make_scores(noise, "special", (1, n))),
+            "gates": torch.from_numpy(noise.choice((np.nan, np.inf, 1.0), (1, n))),
+            "topk_ids": torch.from_numpy(noise.choice((-1, 0, n, 2**31 - 1), (1, k))),
+            "topk_weights": torch.from_numpy(noise.choice((np.nan, 7.0), (1, k))),
+        }
+        changes: dict[str, Any] = {
+            name: torch.cat((old[:place], row.to(old.dtype), old[place:]))
+            for name, row in rows.items()
+            for old in (getattr(case, name),)
+        }
+        changes["row_specs"] = (*case.row_specs[:place], None, *case.row_specs[place:])
+        case = replace(case, **changes)
+    return case
+
+
+@brief
+@given(any_cases(), st.lists(st.integers(0, 24), min_size=1, max_size=3), seeds)
+def test_adding_padded_rows_changes_nothing(
+    compiled: Implementation, case: Case, places: list[int], seed: int
+) -> None:
+    """Padding anywhere, holding anything, leaves the other rows and the counts alone, and names
+    the lowest active expert at no weight."""
+    places = sorted((min(place, case.num_rows) for place in places), reverse=True)
+    padded = with_padding(case, places, seed)
+    added = {place + i for i, place in enumerate(reversed(places))}
+    kept = [b for b in range(padded.num_rows) if b not in added]
+    got, more = compiled(call_of(case)), compiled(call_of(padded, seed=seed))
+    assert_same(
+        replace(more, topk_ids=more.topk_ids[kept], topk_weights=more.topk_weights[kept]), got
+    )
+    lowest = int(got.union.int().argmax())
+    for row in added:
+        assert more.topk_ids[row].tolist() == [lowest] * case.top_k
+        assert more.topk_weights[row].tolist() == [0.0] * case.top_k
+
+
+@brief
+@given(any_cases(kinds=("topk",), min_live=1), st.none() | st.integers(1, 8), st.integers(1, 128))
+def test_one_live_row_under_oea_is_pruned_as_by_topk(
+    compiled: Implementation, case: Case, k_max: int | None, max_rank: int
+) -> None:
+    """Alone in its batch an oea row finds nothing to share, so oea(k0) equals topk(k0)."""
+    first = case.live[0]
+    rows = tuple(i if b == first else None for b, i in enumerate(case.row_specs))
+    limits = {
+        "k_max": None if k_max is None else min(k_max, case.top_k),
+        "max_rank": min(max_rank, case.num_experts),
+    }
+    oea = tuple({**OEA_2, "k0": spec["k0"], **limits} for spec in case.specs)
+    alone = replace(case, row_specs=rows)
+    assert_same(compiled(call_of(replace(alone, specs=oea))), compiled(call_of(alone)))
+
+
+@pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec["kind"])
+def test_rows_of_nan_keep_valid_ids_and_no_weight(compiled: Implementation, spec: Spec) -> None:
+    """A row whose every score and gate is NaN weighs nothing and keeps to its base."""
+    case = replace(varied_case((2, 9, 3), seed=1), specs=(spec,), row_specs=(0, 0))
+    case = replace(
+        case,
+        scores=torch.full_like(case.scores, torch.nan),
+        gates=torch.full_like(case.gates, torch.nan),
+    )
+    got = compiled(call_of(case))
+    assert set(got.topk_ids.flatten().tolist()) <= set(case.topk_ids.flatten().tolist())
+    if spec["kind"] in ("topk", "oea"):
+        assert not got.topk_weights.any()
+    else:
+        assert_same_bits(got.topk_weights, case.topk_weights)
+
+
+def test_an_empty_matrix_may_have_any_strides() -> None:
+    """Without a single row there is nothing that could lie apart."""
+    if native.choose("cpu").module is None:
+        pytest.skip(native.choose("cpu").reason)
+    call = call_of(varied_case((0, 9, 3), seed=1))
+    empty = {
+        name: torch.empty_strided(x.shape, (0, 0), dtype=x.dtype)
+        for name, x in call.tensors.items()
+    }
+    ids, _, union = kernels.refine(
+        **empty, policy_ids=call.policy_ids, table=compile_table(call.table), router=call.router
+    )
+    assert ids.shape == (0, 3)
+    assert not union.any()
+
+
+def test_statistics_add_up_over_calls(compiled: Implementation) -> None:
+    """Each call reports its own counts only; nothing lingers from the call before."""
+    small, large = (varied_case((rows, 60, 4), seed=1) for rows in (5, 70))
+    alone = compiled(call_of(small))
+    compiled(call_of(large))
+    assert_same(compiled(call_of(small)), alone)
+
+
+def test_padding_is_marked_by_one_number() -> None:
+    """The kernels' constant for padding is the package's."""
+    assert PAD == -1
