@@ -340,3 +340,35 @@ ONE_OF_EACH: tuple[Spec, ...] = (
     {"kind": "oea", "k0": 3, "p": 0.5, "k_max": 2, "max_rank": 6},
     SERE_1,
 )
+
+
+def varied_case(shape: Shape, seed: int) -> Case:
+    """A case that is too big to be drawn by hypothesis."""
+    rng = np.random.default_rng(seed)
+    num_rows, num_experts, top_k = shape
+    mode = ("smooth", "ties", "special")[seed % 3]
+    scores = torch.from_numpy(make_scores(rng, mode, (num_rows, num_experts)))
+    scores = scores.to(FLOATS[(seed + num_rows) % 3])
+    seen = scores.float().numpy()
+    specs = (
+        {"kind": "vanilla"},
+        {"kind": "topk", "k0": max(1, top_k - 1)},
+        {**OEA_2, "k0": (top_k + 1) // 2},
+        {**OEA_2, "k0": top_k, "p": 0.6, "max_rank": min(num_experts, 2 * top_k)},
+        SERE_1,
+        {**SERE_1, "S": (top_k + 1) // 2, "rho": 0.9, "artifact": "a"},
+    )
+    drawn = rng.integers(-1, len(specs), num_rows).tolist()
+    return keep_off_thresholds(
+        Case(
+            scores=scores,
+            gates=torch.from_numpy(make_gates(rng, ("softmax", "holes")[seed % 2], seen)),
+            topk_ids=torch.from_numpy(make_base(rng, seen, top_k, is_routers=seed % 2 == 0)).int(),
+            topk_weights=torch.from_numpy(rng.uniform(0.01, 1, (num_rows, top_k))).float(),
+            specs=specs,
+            row_specs=tuple(None if index < 0 else index for index in drawn),
+            artifacts={name: make_artifact(rng, "smooth", num_experts) for name in ("a", "b")},
+            renormalize=seed % 2 == 0,
+            scale=2.5,
+        )
+    )

@@ -318,6 +318,17 @@ class WarpRow {
     }
   }
 
+  __device__ __forceinline__ float logit_of(int expert) const {
+    if constexpr (kPacked) {
+      const auto* scores = static_cast<const uint16_t*>(call_.scores.data);
+      const uint16_t bits = scores[row_ * call_.scores.stride + expert];
+      const float brain = from_bfloat16(bits);
+      return call_.scores.type == FloatType::bfloat16 ? brain : from_float16(bits);
+    } else {
+      return load_float(call_.scores, row_, expert);
+    }
+  }
+
   __device__ __forceinline__ float biased(float logit, int expert) const {
     return is_nan(logit) ? logit
                          : gate_of_logit(call_.scoring, logit, softmax_) + call_.bias[expert];
@@ -374,7 +385,7 @@ class WarpRow {
       const float gate = load_float(call_.gates, row_, expert);
       return is_nan(gate) ? 0.0f : gate;
     }
-    return gate_of_logit(call_.scoring, load_float(call_.scores, row_, expert), softmax_);
+    return gate_of_logit(call_.scoring, logit_of(expert), softmax_);
   }
 
   __device__ __forceinline__ void add_bias() {

@@ -40,11 +40,19 @@ def activate_platform() -> str | None:
     return "sglang_moe_routing.integration.cpu_platform.platform.PortableCpuPlatform"
 
 
-def fatal(error: BaseException) -> NoReturn:
-    """End this process with one message. `SystemExit` passes through SGLang's plugin loader."""
+def fatal(error: BaseException, *, at_once: bool = False) -> NoReturn:
+    """End this process with one message. `SystemExit` passes through SGLang's plugin loader.
+
+    Args:
+        at_once: skip the interpreter's shutdown. Once a scheduler has died, the message queues of
+            the main process may wait forever for it to take its last messages.
+    """
     from ..errors import RoutingError
 
     text = str(error) if isinstance(error, RoutingError) else f"{type(error).__name__}: {error}"
     process = multiprocessing.current_process().name
     print(f"sglang-moe-routing: {process}: cannot serve: {text}", file=sys.stderr, flush=True)
+    if at_once:
+        sys.stdout.flush()
+        os._exit(environment.EXIT_CODE)
     raise SystemExit(environment.EXIT_CODE) from error

@@ -230,7 +230,8 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
         (folder / _READY).write_text(" ".join(architectures))
     except (RuntimeError, OSError) as error:
         raise KernelError(
-            f"compiling the {backend} kernels in {folder} failed:\n{error}"
+            f"compiling the {backend} kernels in {folder} failed ({CACHE} chooses another folder, "
+            f"{CHOICE}=torch does without kernels):\n{error}"
         ) from error
     return folder
 

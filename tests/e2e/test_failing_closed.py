@@ -37,12 +37,17 @@ GOOD = "version: 1\npolicies:\n  fast: {kind: oea, k0: 3}\n"
 
 
 def failed_start(
-    folder: Path, config: str, *flags: str, sabotage: str = "", model: Path = demo.MODEL
+    folder: Path,
+    config: str,
+    *flags: str,
+    sabotage: str = "",
+    model: Path = demo.MODEL,
+    **environment: str,
 ) -> tuple[int, str]:
     """Start SGLang's own server and wait for it to end; its exit status and output."""
     path = folder / "routing.yaml"
     path.write_text(config)
-    base = {**os.environ, "OMP_NUM_THREADS": "1"}
+    base = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     if sabotage:
         (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
         base |= {"PYTHONPATH": str(folder), "SABOTAGE": sabotage}
@@ -148,6 +153,18 @@ def test_artifact_of_another_model_stops_the_server(tmp_path: Path) -> None:
     status, output = failed_start(tmp_path, config)
     assert status == 78
     assert "is for 16 experts, but layer 0 of this model has 64" in own_message(output)
+
+
+def test_kernels_that_cannot_be_built_stop_the_server(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-compiler"
+    compiler.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    cache = str(tmp_path / "cache")
+    status, output = failed_start(tmp_path, GOOD, CXX=str(compiler), SGLANG_MOE_ROUTING_CACHE=cache)
+    assert status == 78
+    message = own_message(output)
+    assert f"compiling the cpu kernels in {cache}" in message
+    assert "this compiler is broken" in message
 
 
 def test_dense_model_stops_the_server(tmp_path: Path) -> None:

@@ -97,21 +97,56 @@ def test_fewer_experts_are_active(served: Running, name: str) -> None:
     assert final <= 0.75 * base
 
 
-def test_statistics_equal_what_was_recorded(served: Running) -> None:
-    def read() -> list[dict[str, int]]:
-        data = served.http.get("/v1/moe_routing/statistics").json()["data"]
-        assert len(data) == 1
-        return data[0]["layers"]
+def num_moved(call: dict[str, Any]) -> int:
+    """Slots of the router's choice whose expert the row no longer uses."""
+    rows = zip(call["base_ids"], call["final_ids"], strict=True)
+    return sum(expert not in final for base, final in rows for expert in base)
 
-    before = read()
-    calls = served.record(lambda: generate_all(served.url, POLICIES))
-    for start, end in zip(before, read(), strict=True):
+
+def num_critical(call: dict[str, Any]) -> int:
+    """Active experts outside the union."""
+    return len({e for final in call["final_ids"] for e in final} - set(call["union"]))
+
+
+def read_statistics(running: Running) -> dict[str, Any]:
+    (data,) = running.http.get("/v1/moe_routing/statistics").json()["data"]
+    return dict(data)
+
+
+def check_statistics(running: Running) -> None:
+    before = read_statistics(running)["layers"]
+    calls = running.record(lambda: generate_all(running.url, POLICIES))
+    after = read_statistics(running)["layers"]
+    for start, end in zip(before, after, strict=True):
         mine = [call for call in calls if call["layer"] == end["layer"]]
-        assert end["calls"] - start["calls"] == len(mine)
-        assert end["rows"] - start["rows"] == sum(len(call["rows"]) for call in mine)
-        for column, ids in (("active_experts", "final_ids"), ("active_experts_base", "base_ids")):
-            counted = sum(distinct(call[ids], call["rows"]) for call in mine)
-            assert end[column] - start[column] == counted
+        expected = {
+            "calls": len(mine),
+            "rows": sum(len(call["rows"]) for call in mine),
+            "active_experts": sum(distinct(call["final_ids"], call["rows"]) for call in mine),
+            "active_experts_base": sum(distinct(call["base_ids"], call["rows"]) for call in mine),
+            "moved_slots": sum(map(num_moved, mine)),
+            "critical_experts": sum(map(num_critical, mine)),
+        }
+        assert {name: end[name] - start[name] for name in expected} == expected
+
+
+def test_statistics_equal_what_was_recorded(served: Running) -> None:
+    check_statistics(served)
+
+
+def test_compiled_kernels_serve(served: Running) -> None:
+    assert read_statistics(served)["kernels"].startswith("cpu ")
+
+
+def test_the_torch_reference_serves_where_it_is_asked_for(
+    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray]
+) -> None:
+    """The same promises without compiled kernels."""
+    with start(config, SGLANG_MOE_ROUTING_KERNELS="torch") as running:
+        assert read_statistics(running)["kernels"].startswith("torch reference: ")
+        calls = running.record(lambda: generate_all(running.url, POLICIES * 3))
+        assert set(check_all(calls, similarity)) == set(POLICIES)
+        check_statistics(running)
 
 
 def test_policy_of_all_phases_reroutes_the_prompt(

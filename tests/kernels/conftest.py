@@ -16,6 +16,7 @@ from torch import Tensor
 from sglang_moe_routing import kernels
 from sglang_moe_routing.kernels import KernelTable, compile_table, native
 from sglang_moe_routing.policies import PAD, PolicyTable, Rerouted, Router, reroute
+from tests.cases import Case, assert_close, policy_ids, table_of
 from tests.kernels import building
 from tests.kernels.driver import Driver, Outcome, apart, assert_gaps_untouched, build_driver
 
@@ -47,6 +48,20 @@ class Call:
     def laid_out(self, layout: Callable[[Tensor], Tensor]) -> Call:
         """The same call with its matrices laid out differently in memory."""
         return replace(self, **{name: layout(tensor) for name, tensor in self.tensors.items()})
+
+
+def call_of(case: Case, *, seed: int = 0, table: PolicyTable | None = None) -> Call:
+    return Call(
+        scores=case.scores,
+        policy_ids=policy_ids(case, torch.int32),
+        table=table_of(case) if table is None else table,
+        router=Router(renormalize=case.renormalize, scale=case.scale),
+        top_k=case.top_k,
+        topk_ids=case.topk_ids,
+        topk_weights=case.topk_weights,
+        gates=case.gates,
+        seed=seed,
+    )
 
 
 class Implementation(Protocol):
@@ -105,6 +120,14 @@ class Reference:
 
     def __call__(self, call: Call, *, out_gap: int = 0, in_place: bool = False) -> Outcome:
         return ask_reference(call)
+
+
+def assert_agrees(got: Outcome, expected: Outcome) -> None:
+    """Two implementations: ids and counts exact, weights to rounding."""
+    assert got.topk_ids.tolist() == expected.topk_ids.tolist()
+    assert torch.equal(got.union, expected.union)
+    assert got.statistics == expected.statistics
+    assert_close(got.topk_weights, expected.topk_weights)
 
 
 # --- compiled code -----------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -51,7 +53,7 @@ class Driver:
             "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",
         }
         self._process = subprocess.Popen(
-            [str(program)],
+            _command(program),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -202,6 +204,16 @@ def build_driver(
         include=[csrc / "include"],
         csrc=csrc,
     )
+
+
+def _command(program: Path) -> list[str]:
+    """How to start the program: TSan's may need an address space that is not randomised."""
+    done = subprocess.run(
+        [str(program)], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
+        return ["setarch", platform.machine(), "-R", str(program)]
+    return [str(program)]
 
 
 def apart(matrix: Tensor, gap: int) -> Tensor:

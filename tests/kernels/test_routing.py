@@ -32,15 +32,13 @@ from tests.cases import (
     bits,
     cases,
     keep_off_thresholds,
-    make_artifact,
-    make_base,
-    make_gates,
     make_scores,
     policy_ids,
     table_of,
     to_policy,
+    varied_case,
 )
-from tests.kernels.conftest import Call, Implementation, ask_reference
+from tests.kernels.conftest import Call, Implementation, ask_reference, assert_agrees, call_of
 from tests.kernels.driver import Outcome, apart
 
 NUM_EXPERTS = (1, 7, 8, 60, 64, 72, 128, 160, 256, 512)
@@ -65,20 +63,6 @@ def any_cases(**options: Any) -> st.SearchStrategy[Case]:
 
 
 seeds = st.integers(0, 2**31 - 1)
-
-
-def call_of(case: Case, *, seed: int = 0, table: PolicyTable | None = None) -> Call:
-    return Call(
-        scores=case.scores,
-        policy_ids=policy_ids(case, torch.int32),
-        table=table_of(case) if table is None else table,
-        router=Router(renormalize=case.renormalize, scale=case.scale),
-        top_k=case.top_k,
-        topk_ids=case.topk_ids,
-        topk_weights=case.topk_weights,
-        gates=case.gates,
-        seed=seed,
-    )
 
 
 def statistics_of(case: Case, expected: oracles.Routed) -> list[int]:
@@ -109,14 +93,6 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
     assert got.statistics == expected.statistics
 
 
-def assert_agrees(got: Outcome, expected: Outcome) -> None:
-    """Two implementations: ids and counts exact, weights to rounding."""
-    assert got.topk_ids.tolist() == expected.topk_ids.tolist()
-    assert torch.equal(got.union, expected.union)
-    assert got.statistics == expected.statistics
-    assert_close(got.topk_weights, expected.topk_weights)
-
-
 # --- against the oracle ------------------------------------------------------------------------
 
 
@@ -128,38 +104,6 @@ def test_any_mix_of_policies_gives_what_the_oracle_gives(
     """Ids, weights, U and all statistics equal those of the slow loops, for every size and type,
     with ties, NaN, infinities and subnormals, wherever padded rows lie."""
     assert_as_oracle(implementation(call_of(case, seed=seed)), case)
-
-
-def varied_case(shape: Shape, seed: int) -> Case:
-    """A case that is too big to be drawn by hypothesis."""
-    rng = np.random.default_rng(seed)
-    num_rows, num_experts, top_k = shape
-    mode = ("smooth", "ties", "special")[seed % 3]
-    scores = torch.from_numpy(make_scores(rng, mode, (num_rows, num_experts)))
-    scores = scores.to(FLOATS[(seed + num_rows) % 3])
-    seen = scores.float().numpy()
-    specs = (
-        {"kind": "vanilla"},
-        {"kind": "topk", "k0": max(1, top_k - 1)},
-        {**OEA_2, "k0": (top_k + 1) // 2},
-        {**OEA_2, "k0": top_k, "p": 0.6, "max_rank": min(num_experts, 2 * top_k)},
-        SERE_1,
-        {**SERE_1, "S": (top_k + 1) // 2, "rho": 0.9, "artifact": "a"},
-    )
-    drawn = rng.integers(-1, len(specs), num_rows).tolist()
-    return keep_off_thresholds(
-        Case(
-            scores=scores,
-            gates=torch.from_numpy(make_gates(rng, ("softmax", "holes")[seed % 2], seen)),
-            topk_ids=torch.from_numpy(make_base(rng, seen, top_k, is_routers=seed % 2 == 0)).int(),
-            topk_weights=torch.from_numpy(rng.uniform(0.01, 1, (num_rows, top_k))).float(),
-            specs=specs,
-            row_specs=tuple(None if index < 0 else index for index in drawn),
-            artifacts={name: make_artifact(rng, "smooth", num_experts) for name in ("a", "b")},
-            renormalize=seed % 2 == 0,
-            scale=2.5,
-        )
-    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,7 +6,9 @@
 #if defined(__CUDACC__)
 #define MOE_ROUTING_FN __host__ __device__ __forceinline__
 #define MOE_ROUTING_ROLLED _Pragma("unroll 1")  // registers are worth more than loop overhead
+#define MOE_ROUTING_OUTLINED_FN __host__ __device__ __noinline__ inline  // so is the code's size
 #else
+#define MOE_ROUTING_OUTLINED_FN MOE_ROUTING_FN
 #define MOE_ROUTING_ROLLED
 #define MOE_ROUTING_FN inline __attribute__((always_inline))
 #endif

@@ -63,7 +63,7 @@ MOE_ROUTING_FN int popcount(unsigned bits) {
 }
 
 // The combine weight of an expert before any normalisation over the chosen ones.
-MOE_ROUTING_FN float gate_of_logit(Scoring scoring, float logit, const Softmax& softmax) {
+MOE_ROUTING_OUTLINED_FN float gate_of_logit(Scoring scoring, float logit, const Softmax& softmax) {
   if (is_nan(logit)) return 0.0f;
   const float x = logit < kLargest ? logit : kLargest;
   if (scoring == Scoring::softmax) {

@@ -28,7 +28,8 @@ def around_launch_server(original: Callable[..., Any], *args: Any, **kwargs: Any
     except RuntimeError as error:
         if f"exit code: {EXIT_CODE}" not in str(error):
             raise
-        fatal(EngineError("a scheduler process refused to start; its message is above"))
+        refusal = EngineError("a scheduler process refused to start; its message is above")
+        fatal(refusal, at_once=True)
 
 
 def before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,326 @@
+"""Faults planted in the kernels, and which build of the simulator must see each of them.
+
+The tests of routing are worth what they would notice. A mutant is a copy of csrc in which one
+place reads differently; the same few calls that pass on the real sources must fail on it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_moe_routing.policies import Router, TopK, Vanilla, build_table
+from sglang_moe_routing.policies.base import CountSchedule
+from tests.cases import OEA_2, SERE_1, Case, Spec, varied_case
+from tests.kernels import building
+from tests.kernels.building import FLAVOURS, Flavour
+from tests.kernels.conftest import Call, Simulated, ask_reference, assert_agrees, call_of
+from tests.kernels.driver import Driver, Outcome, build_driver
+
+RIGHT = "right"
+WRONG = "wrong: "
+RACE = "WARNING: ThreadSanitizer: data race"
+OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
+MISMATCH = "warp collective mismatch"
+OWN_MASK = "calling lane is not in its own mask"
+DIVERGENT = "divergent __syncthreads"
+
+KERNELS = "cuda/route.cuh"
+WARP = "cuda/warp_row.cuh"
+ROW = "include/moe_routing/row.h"
+NUMBERS = "include/moe_routing/numbers.h"
+
+
+class Mutant(NamedTuple):
+    """One place of one source file that reads differently, and what builds must say to it."""
+
+    file: str
+    old: str
+    new: str
+    caught: dict[Flavour, str]
+    where: str = ""
+    """Occurs once in the file and holds `old` once; `old` itself if empty."""
+
+
+def wrong(file: str, old: str, new: str, where: str = "") -> Mutant:
+    """The plain build gives a wrong outcome."""
+    return Mutant(file, old, new, {"plain": WRONG}, where)
+
+
+def race(file: str, old: str, new: str = "", where: str = "") -> Mutant:
+    """Results need not show it, but TSan does."""
+    return Mutant(file, old, new, {"tsan": RACE}, where)
+
+
+def overflow(file: str, old: str, new: str, where: str) -> Mutant:
+    """ASan sees an access beyond a buffer."""
+    return Mutant(file, old, new, {"asan": OVERFLOW}, where)
+
+
+BARRIER = "__syncthreads();\n"
+FENCE = "__threadfence();\n"
+NUM_LIVE = "const int num_live = __syncthreads_count(is_live);"
+UNORDERED_NUM_LIVE = """int num_live = is_live ? 0 : 0;
+  for (int row = 0; row < call.num_rows; ++row) num_live += call.policy_ids[row] != kPad;"""
+PASS_2_ROWS = """for (int row = warp; row < call.num_rows; row += num_warps) {
+    const int policy_id = call.policy_ids[row];
+    if (policy_id == kPad) {"""
+
+# The reader's fence of the last block is not here: TSan cannot miss it, because it matches fences
+# without regard to addresses (csrc/simt/README.md) and the block has run other atomics before.
+SYNCHRONISATION = {
+    "no_barrier_between_the_passes": Mutant(
+        KERNELS,
+        BARRIER,
+        "",
+        {"plain": MISMATCH, "tsan": RACE},
+        f"{BARRIER}  {PASS_2_ROWS}",
+    ),
+    "no_barrier_after_clearing_in_one_block": race(KERNELS, NUM_LIVE, UNORDERED_NUM_LIVE),
+    "no_barrier_after_clearing_in_pass_1": race(
+        KERNELS, BARRIER, where=f"{BARRIER}  const int step = call.num_steps > 1"
+    ),
+    "no_barrier_after_clearing_in_pass_2": race(
+        KERNELS, BARRIER, where=f"{BARRIER}  const bool counts"
+    ),
+    "no_barrier_after_gathering": race(KERNELS, BARRIER, where=f"{BARRIER}      waits = false;"),
+    "no_barrier_before_statistics": race(
+        KERNELS, BARRIER, where=f"{BARRIER}  if (threadIdx.x == 0) {{\n    add_statistics"
+    ),
+    "warps_without_rows_miss_the_barrier": Mutant(
+        KERNELS, "waits || row", "row", {"plain": DIVERGENT}
+    ),
+    "union_without_atomics": race(WARP, "atomicOr(&set[lane_], mine)", "set[lane_] |= mine"),
+    "count_without_atomics": race(
+        WARP, "atomicAdd(&shared_.num_moved, n)", "shared_.num_moved += n"
+    ),
+    "pass_2_does_not_wait": race(KERNELS, "simt::grid_dependency_wait();"),
+    "last_block_no_writer_fence": race(KERNELS, FENCE, where=f"= shared.num_moved;\n  {FENCE}"),
+    "every_lane_writes_what_was_gathered": race(
+        KERNELS,
+        "if (threadIdx.x % kWarp == 0) ",
+        where="if (threadIdx.x % kWarp == 0) {\n      shared.before",
+    ),
+    "half_a_warp_adds": Mutant(WARP, "kAll, count", "0xffffu, count", {"plain": OWN_MASK}),
+    "half_a_warp_votes": Mutant(
+        WARP, "__ballot_sync(kAll, lane_", "__ballot_sync(0xffffu, lane_", {"plain": OWN_MASK}
+    ),
+}
+
+MEMORY = {
+    "one_row_too_many": overflow(KERNELS, "row < call", "row <= call", PASS_2_ROWS),
+    "one_score_too_many": overflow(
+        WARP, ">= call_", "> call_", "(expert >= call_.num_experts) continue;\n      pool_"
+    ),
+    "one_slot_too_many": overflow(
+        WARP, ">= call_", "> call_", "(lane_ >= call_.top_k) return;\n    store_id"
+    ),
+    "union_not_cleared": wrong(KERNELS, "shared.required[threadIdx.x] = 0;", ""),
+}
+
+ORDER = {
+    "signed_zeros_differ": wrong(NUMBERS, "bits_of(value + 0.0f)", "bits_of(value)"),
+    "signed_zeros_differ_where_packed": wrong(WARP, "if (magnitude == 0) key = 0x8000u;", ""),
+    "ties_go_to_the_higher_id": wrong(
+        WARP,
+        "int i = kPerLane - 1; i >= 0; --i",
+        "int i = 0; i < kPerLane; ++i",
+    ),
+    "packed_scores_lose_bits": wrong(WARP, "return key << 16 |", "return (key & ~7u) << 16 |"),
+    "nan_comes_first": wrong(NUMBERS, "? 1u : key", "? ~0u : key"),
+    "nan_comes_first_where_packed": wrong(
+        WARP, "key = 0;", "key = 0xffffu;", "(magnitude > infinity) key = 0;"
+    ),
+    "biased_scores_taken_for_packed": wrong(
+        KERNELS, "!= FloatType::float32 && call.bias == nullptr", "!= FloatType::float32"
+    ),
+    "grouped_scores_taken_for_packed": wrong(KERNELS, "call.num_groups == 1;", "true;"),
+}
+
+POLICIES = {
+    "threshold_itself_is_critical": wrong(
+        ROW,
+        "!(nearest.similarity < row.policy().threshold)",
+        "nearest.similarity > row.policy().threshold",
+    ),
+    "one_rank_too_many": wrong(ROW, ") >= max_rank", ") > max_rank"),
+    "one_rank_too_many_in_the_base": wrong(ROW, "t < max_rank", "t <= max_rank"),
+    "one_expert_too_many": wrong(ROW, "while (n < limit)", "while (n <= limit && n < k)"),
+    "mass_needs_one_more": wrong(ROW, "return t + 1;", "return smaller(t + 2, count);"),
+    "step_starts_late": wrong(ROW, ".start <= num_live", ".start < num_live"),
+    "filler_weighs": wrong(WARP, "if (lane_ < n) gate", "gate"),
+    "padding_names_the_next_expert": wrong(KERNELS, "[i])) - 1;", "[i]));"),
+}
+
+STATISTICS = {
+    "padding_is_counted": wrong(KERNELS, " && call.policy_ids[thread] != kPad;", ";"),
+    "padding_is_counted_in_two_launches": wrong(
+        KERNELS, "mine += call.policy_ids[row] != kPad;", "mine += 1;"
+    ),
+    "required_experts_are_critical": wrong(
+        KERNELS, "after[i] & ~required[i]", "after[i] & required[i]"
+    ),
+}
+
+MUTANTS = {**SYNCHRONISATION, **MEMORY, **ORDER, **POLICIES, **STATISTICS}
+
+# The calls have at most 64 experts: a build without the kernels for more takes a third of the time.
+FEWER_KERNELS = {
+    "if (call.num_experts <= 128) return launch<kPacked, 4>(call, stream);": "",
+    "if (call.num_experts <= 256) return launch<kPacked, 8>(call, stream);": "",
+    "return launch<kPacked, 16>(call, stream);": "return cudaErrorInvalidValue;",
+}
+
+
+# --- the calls ---------------------------------------------------------------------------------
+
+N, K = 40, 4
+SPECS: tuple[Spec, ...] = (
+    {"kind": "vanilla"},
+    {"kind": "topk", "k0": 2},
+    {**OEA_2, "k0": 1},
+    {**OEA_2, "k0": 1, "max_rank": 2},
+    {**OEA_2, "k0": 1, "max_rank": 8},
+    {**OEA_2, "k0": 1, "k_max": 3},
+    {**OEA_2, "k0": 4, "p": 0.35},
+    {**SERE_1, "rho": 1.0},
+)
+
+
+def mixed(num_rows: int, seed: int, dtype: torch.dtype) -> Case:
+    """Rows under every policy, some padded; the similarities are quarters, so that many equal
+    the threshold. Seeds: 0 is smooth, 1 has ties, 2 has special values."""
+    case = varied_case((num_rows, N, K), seed)
+    row_specs = tuple(None if b % 9 == 4 else b % len(SPECS) for b in range(num_rows))
+    return replace(
+        case,
+        scores=case.scores.to(dtype),
+        specs=SPECS,
+        row_specs=row_specs,
+        artifacts={name: (x * 4).round() / 4 for name, x in case.artifacts.items()},
+    )
+
+
+def stepped(case: Case) -> Call:
+    """Pruning that starts at just as many live rows as there are."""
+    k0 = CountSchedule(default=K, rows={len(case.live): 1})
+    table = build_table([TopK(k0=k0), Vanilla()], layer=0, top_k=K, num_experts=N)
+    plan = torch.tensor([-1 if index is None else index % 2 for index in case.row_specs])
+    return replace(call_of(case, table=table), policy_ids=plan.int())
+
+
+def fused(case: Case) -> Call:
+    call = call_of(case)
+    router = Router(renormalize=False, scale=2.0)
+    return replace(call, router=router, topk_ids=None, topk_weights=None, gates=None)
+
+
+def routed(case: Case, router: Router) -> Call:
+    """A call on logits that lie far enough apart."""
+    rng = np.random.default_rng(5)
+    logits = torch.from_numpy(rng.normal(0, 2, case.scores.shape)).bfloat16()
+    return replace(call_of(case), scores=logits, router=router, gates=None)
+
+
+@cache
+def calls() -> dict[str, tuple[Call, Outcome]]:
+    """Every call with its outcome. The large ones come last: they are slow under TSan."""
+    float32, bfloat16 = torch.float32, torch.bfloat16
+    bias = torch.linspace(-1, 1, N)
+    small = {
+        f"seed {seed}, {dtype}": mixed(17, seed, dtype)
+        for dtype in (float32, bfloat16)
+        for seed in range(3)
+    }
+    found = {name: call_of(case) for name, case in small.items()}
+    found |= {f"fused, {name}": fused(case) for name, case in small.items()}
+    case = small[f"seed 0, {float32}"]
+    found["steps"] = stepped(case)
+    found["bias"] = routed(case, Router("sigmoid", bias=bias))
+    found["groups"] = routed(case, Router(num_groups=4, top_groups=2))
+    found["two launches"] = call_of(mixed(66, 0, bfloat16))
+    found["two launches, steps"] = stepped(mixed(66, 0, float32))
+    return {name: (call, ask_reference(call)) for name, call in found.items()}
+
+
+def verdict(program: Path) -> str:
+    """RIGHT, or the first call whose outcome is wrong, or what the program died of."""
+    driver = Driver(program)
+    try:
+        for name, (call, expected) in calls().items():
+            try:
+                got = Simulated(driver)(call)
+            except AssertionError as death:
+                return str(death)
+            try:
+                assert_agrees(got, expected)
+            except AssertionError:
+                return WRONG + name
+    finally:
+        driver.close()
+    return RIGHT
+
+
+# --- the builds --------------------------------------------------------------------------------
+
+
+def substitute(text: str, old: str, new: str) -> str:
+    assert text.count(old) == 1, f"found {text.count(old)} times: {old}"
+    return text.replace(old, new)
+
+
+def plant(mutant: Mutant, csrc: Path) -> None:
+    path = csrc / mutant.file
+    where = mutant.where or mutant.old
+    path.write_text(substitute(path.read_text(), where, substitute(where, mutant.old, mutant.new)))
+
+
+def build_mutant(name: str, flavour: Flavour, folder: Path) -> Path:
+    """The driver without CPU code, built on a copy of csrc. "none" is no mutant."""
+    csrc = folder / name / flavour / "csrc"
+    shutil.copytree(building.CSRC, csrc)
+    path = csrc / KERNELS
+    for old, new in FEWER_KERNELS.items():
+        path.write_text(substitute(path.read_text(), old, new))
+    if name != "none":
+        plant(MUTANTS[name], csrc)
+    return build_driver(flavour, csrc=csrc, has_cpu=False)
+
+
+PAIRS: list[tuple[str, Flavour]] = [
+    *(("none", flavour) for flavour in FLAVOURS),
+    *((name, flavour) for name, mutant in MUTANTS.items() for flavour in mutant.caught),
+]
+
+
+@pytest.fixture(scope="module")
+def programs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, Flavour], Future[Path]]]:
+    """What the selected tests need, two builds at a time."""
+    reason = building.why_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("mutants")
+    selected = {item.name for item in request.session.items}
+    pairs = [pair for pair in PAIRS if any("-".join(pair) in name for name in selected)]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {pair: pool.submit(build_mutant, *pair, folder) for pair in pairs}
+
+
+@pytest.mark.parametrize(("name", "flavour"), PAIRS)
+def test_fault_is_caught(
+    programs: dict[tuple[str, Flavour], Future[Path]], name: str, flavour: Flavour
+) -> None:
+    """The real sources pass in every build, and each fault shows where it must."""
+    expected = RIGHT if name == "none" else MUTANTS[name].caught[flavour]
+    assert expected in verdict(programs[name, flavour].result())
