@@ -209,6 +209,8 @@ class ThreadRow {
 
   MOE_ROUTING_FN bool in_union(int expert) const { return shared_.required.has(expert); }
 
+  MOE_ROUTING_FN void expect_neighbours(const Ints&) const {}  // the caches know by themselves
+
   MOE_ROUTING_FN Neighbour nearest(int expert) const {
     const int64_t n = call_.num_experts;
     const float* const row = call_.similarity + (policy_->artifact * n + expert) * n;

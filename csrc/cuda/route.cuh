@@ -46,6 +46,13 @@ __device__ __forceinline__ void clear(Shared& shared) {
   if (threadIdx.x == 0) shared.num_live = shared.num_moved = 0;
 }
 
+// The table is small; which entries a row needs is known two memory accesses later.
+__device__ __forceinline__ void expect_policies(const Call& call) {
+  const int bytes = call.num_policies * call.num_steps * static_cast<int>(sizeof(Policy));
+  const int at = static_cast<int>(threadIdx.x) * kCacheLine;
+  if (at < bytes) prefetch(reinterpret_cast<const char*>(call.policies) + at);
+}
+
 __device__ __forceinline__ void write_union(const Call& call, const Shared& shared) {
   for (int j = threadIdx.x; j < call.num_experts; j += blockDim.x) {
     call.out_union[j] = has(shared.required, j);
@@ -96,6 +103,7 @@ __global__ void __launch_bounds__(kOneBlockWarps<kPacked, kPerLane>* kWarp, 1)
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const int num_warps = blockDim.x / kWarp;
+  expect_policies(call);
   clear(shared);
   const int thread = threadIdx.x;
   const bool is_live = thread < call.num_rows && call.policy_ids[thread] != kPad;
@@ -151,6 +159,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   SIMT_SHARED(Shared, shared);
   simt::grid_dependency_launch();
   Workspace& workspace = *reinterpret_cast<Workspace*>(call.workspace);
+  expect_policies(call);
   clear(shared);
   __syncthreads();
   const int step = call.num_steps > 1 ? find_step(call, count_live(call, shared)) : 0;

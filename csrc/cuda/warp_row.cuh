@@ -22,6 +22,16 @@ __device__ __forceinline__ bool has(const uint32_t* set, int expert) {
   return set[expert / kWarp] >> (expert % kWarp) & 1u;
 }
 
+// Between two calls the experts' weights stream through L2 and drive everything else out of it.
+__device__ __forceinline__ void prefetch(const void* address) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  (void)address;
+#endif
+}
+constexpr int kCacheLine = 128;
+
 // How experts compare. Either kind of key is greater for the better expert and never 0.
 //
 // Packed: 16-bit scores, the ordered value above the inverted expert id: one REDUX selects.
@@ -226,9 +236,14 @@ class WarpRow {
     return has(shared_.required, expert);
   }
 
+  __device__ __forceinline__ void expect_neighbours(int ids) const {
+    if (lane_ >= call_.top_k) return;
+    const float* const row = neighbours_of(ids);
+    for (int j = 0; j < call_.num_experts; j += kCacheLine / 4) prefetch(row + j);
+  }
+
   __device__ __forceinline__ Neighbour nearest(int expert) const {
-    const int64_t n = call_.num_experts;
-    const float* const row = call_.similarity + (policy_->artifact * n + expert) * n;
+    const float* const row = neighbours_of(expert);
     uint32_t best = 0;
     int best_expert = kMaxExperts;
 #pragma unroll
@@ -268,6 +283,11 @@ class WarpRow {
   }
 
  private:
+  __device__ __forceinline__ const float* neighbours_of(int expert) const {
+    const int64_t n = call_.num_experts;
+    return call_.similarity + (policy_->artifact * n + expert) * n;
+  }
+
   static __device__ __forceinline__ float add_lanes(float value) {
 #pragma unroll
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {

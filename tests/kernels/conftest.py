@@ -47,7 +47,8 @@ class Call:
 
     def laid_out(self, layout: Callable[[Tensor], Tensor]) -> Call:
         """The same call with its matrices laid out differently in memory."""
-        return replace(self, **{name: layout(tensor) for name, tensor in self.tensors.items()})
+        changes: dict[str, Any] = {name: layout(x) for name, x in self.tensors.items()}
+        return replace(self, **changes)
 
 
 def call_of(case: Case, *, seed: int = 0, table: PolicyTable | None = None) -> Call:

@@ -20,7 +20,7 @@ import torch
 
 from sglang_moe_routing.policies import Router, TopK, Vanilla, build_table
 from sglang_moe_routing.policies.base import CountSchedule
-from tests.cases import OEA_2, SERE_1, Case, Spec, varied_case
+from tests.cases import OEA_2, SERE_1, Case, Spec, keep_off_thresholds, varied_case
 from tests.kernels import building
 from tests.kernels.building import FLAVOURS, Flavour
 from tests.kernels.conftest import Call, Simulated, ask_reference, assert_agrees, call_of
@@ -75,8 +75,8 @@ PASS_2_ROWS = """for (int row = warp; row < call.num_rows; row += num_warps) {
     const int policy_id = call.policy_ids[row];
     if (policy_id == kPad) {"""
 
-# The reader's fence of the last block is not here: TSan cannot miss it, because it matches fences
-# without regard to addresses (csrc/simt/README.md) and the block has run other atomics before.
+# No build notices when the last block's reader has no fence: fences are matched with atomics
+# without regard to addresses (csrc/simt/README.md), and the block has run other atomics before.
 SYNCHRONISATION = {
     "no_barrier_between_the_passes": Mutant(
         KERNELS,
@@ -124,6 +124,8 @@ MEMORY = {
     "one_slot_too_many": overflow(
         WARP, ">= call_", "> call_", "(lane_ >= call_.top_k) return;\n    store_id"
     ),
+    "id_out_of_range": wrong(WARP, "id >= 0 && id < call_.num_experts ?", "id >= 0 ?"),
+    "repeated_ids_count_twice": wrong(WARP, "if (is_repeated) key = 0;", ""),
     "union_not_cleared": wrong(KERNELS, "shared.required[threadIdx.x] = 0;", ""),
 }
 
@@ -210,6 +212,13 @@ def mixed(num_rows: int, seed: int, dtype: torch.dtype) -> Case:
     )
 
 
+def with_garbage(case: Case) -> Case:
+    """Every row names an expert twice, and one that does not exist."""
+    ids = case.topk_ids.clone()
+    ids[:, 1], ids[:, 2] = ids[:, 0], N
+    return keep_off_thresholds(replace(case, topk_ids=ids))
+
+
 def stepped(case: Case) -> Call:
     """Pruning that starts at just as many live rows as there are."""
     k0 = CountSchedule(default=K, rows={len(case.live): 1})
@@ -245,6 +254,7 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
     found |= {f"fused, {name}": fused(case) for name, case in small.items()}
     case = small[f"seed 0, {float32}"]
     found["steps"] = stepped(case)
+    found["garbage"] = call_of(with_garbage(case))
     found["bias"] = routed(case, Router("sigmoid", bias=bias))
     found["groups"] = routed(case, Router(num_groups=4, top_groups=2))
     found["two launches"] = call_of(mixed(66, 0, bfloat16))

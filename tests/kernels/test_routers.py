@@ -154,13 +154,15 @@ def has_close_pair(ascending: list[tuple[float, ...]]) -> bool:
 
 
 def make_logits(rng: np.random.Generator, mode: str, shape: tuple[int, int]) -> np.ndarray:
+    """No gate lies between 0 and the smallest normal number, where one code may see a 0 and the
+    other something to normalise."""
     if mode == "smooth":
         return rng.normal(0, 2, shape)
     if mode == "wide":
-        return rng.uniform(-80, 80, shape)
+        return rng.uniform(-40, 40, shape)
     if mode == "ties":
         return rng.choice((-2.0, -0.0, 0.0, 0.5, 3.0), shape)
-    odd = (math.nan, math.inf, -math.inf, 1e30, -1e30, 1e-42, -1e-42, 0.0, 1.0, -1.0, 100.0, -100.0)
+    odd = (math.nan, math.inf, -math.inf, 1e30, -1e30, 1e-42, -1e-42, 0.0, 1.0, -1.0, 40.0, -40.0)
     return rng.choice(odd, shape)
 
 
@@ -169,7 +171,7 @@ def make_separate(rng: np.random.Generator, shape: tuple[int, int], bias: np.nda
     n = shape[1]
     steps = np.array([rng.permutation(n) for _ in range(shape[0])]).reshape(shape)
     gates = 0.2 + 0.6 * (steps + rng.uniform(0.2, 0.8, shape)) / n - bias
-    return np.log(gates / (1 - gates))
+    return np.asarray(np.log(gates / (1 - gates)))
 
 
 def divisors(num_experts: int) -> list[int]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -19,6 +20,7 @@ import yaml
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.integration import environment
+from sglang_moe_routing.kernels import native
 
 ROOT = Path(__file__).parents[2]
 INTEGRATION = ROOT / "sglang_moe_routing" / "integration"
@@ -180,12 +182,23 @@ def test_all_python_examples_compile() -> None:
                 ast.parse(code)
 
 
+def commands(group: Any, prefix: str = "") -> dict[str, Any]:
+    """Every command by its full name, such as ``bench op``."""
+    found = {}
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            found |= commands(command, f"{prefix}{name} ")
+        else:
+            found[f"{prefix}{name}"] = command
+    return found
+
+
 def test_commands_and_options_are_those_of_the_program() -> None:
-    program = typer.main.get_command(app)
+    program = commands(typer.main.get_command(app))
     text = read("cli.md")
-    sections = set(re.findall(r"^## (\w+)$", text, re.MULTILINE))
-    assert sections == set(program.commands)  # type: ignore[attr-defined]
-    for name, command in program.commands.items():  # type: ignore[attr-defined]
+    sections = set(re.findall(r"^## ([\w ]+)$", text, re.MULTILINE))
+    assert sections == set(program)
+    for name, command in program.items():
         listed = first_cells(section(text, f"## {name}"))
         options = {o for p in command.params for o in [*p.opts, *p.secondary_opts] if o[0] == "-"}
         assert {o for o in listed if o.startswith("--")} == options - {"--help"}, name
@@ -206,6 +219,7 @@ def test_configuration_page_is_fresh() -> None:
 def test_configuration_page_names_every_variable() -> None:
     names = {environment.CONFIG, environment.CONFIG_SHA256}
     names |= {environment.RECORD, environment.EMULATE_GRAPHS}
+    names |= {native.CHOICE, native.CACHE, native.INSTRUCTION_SET}
     assert names <= first_cells(section(read("configuration.md"), "## Environment variables"))
 
 

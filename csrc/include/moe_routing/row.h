@@ -29,6 +29,7 @@
 //   gate_total()                        sum of the combine weights of all experts
 //   require(ids, n), require_base()     put experts into U
 //   in_union(e), nearest(u)             read U: membership; the most similar expert to u in U
+//   expect_neighbours(ids)              a hint that `nearest` will be asked for these
 //   write(f), copy_base()               emit the row: f(t) gives slot t's {id, weight}
 //   mark(which, ids, n), add_moved(n)   statistics
 #pragma once
@@ -126,6 +127,7 @@ MOE_ROUTING_FN int decide(Row& row, typename Row::Ints& order) {
   row.open();
   MOE_ROUTING_ROLLED
   for (int n = row.rank_base(order); n < call.top_k; ++n) row.put(order, n, row.pop());
+  if (row.kind() == Kind::sere) row.expect_neighbours(order);
   const int guaranteed = num_guaranteed(row, order);
   row.require(order, guaranteed);
   return guaranteed;
