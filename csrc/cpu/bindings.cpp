@@ -26,8 +26,8 @@ tvm::ffi::String list_instruction_sets() {
 }
 
 void choose_instruction_set(const tvm::ffi::String& name) {
-  bindings::check(use_instruction_set(name), "instruction set",
-                  "one of: " + std::string(list_instruction_sets()) + "; got " + std::string(name));
+  if (use_instruction_set(name)) return;
+  bindings::fail("instruction set", "one of: " + std::string(list_instruction_sets()));
 }
 
 }  // namespace

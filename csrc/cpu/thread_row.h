@@ -115,19 +115,20 @@ class ThreadRow {
     const int n = call_.num_experts;
     read(call_.scores, scratch_.logits);
     const float* scores = scratch_.logits;
-    if (call_.scoring == Scoring::softmax) softmax_.top = largest(scores);
+    if (call_.scoring == Scoring::softmax) {
+      softmax_ = {largest(scores), 1.0f};
+      if (!call_.renormalize || call_.bias != nullptr) {
+        softmax_.inverse_total = 1.0f / total_of_all();
+      }
+    }
     if (call_.bias != nullptr) scores = add_bias();
     if (call_.num_groups > 1) scores = limit_groups(scores);
     for (int j = 0; j < n; ++j) scratch_.keys[j] = make_key(scores[j], j);
     pool_ = scratch_.keys;
-    if (call_.scoring == Scoring::softmax && !call_.renormalize) {
-      softmax_.inverse_total = 1.0f;
-      softmax_.inverse_total = 1.0f / total_of_all();
-    }
   }
 
   MOE_ROUTING_FN int rank_base(Ints& order) {
-    if (call_.chooses()) return 0;
+    if (call_.chooses) return 0;
     int64_t keys[kMaxTopK];
     int n = 0;
     const Ints base = base_ids();
@@ -325,7 +326,7 @@ class ThreadRow {
       strengths[best] = 0;
     }
     for (int j = 0; j < call_.num_experts; ++j) scratch_.allowed[j] = is_best[j / size];
-    if (!call_.chooses()) {
+    if (!call_.chooses) {
       const Ints base = base_ids();
       for (int t = 0; t < call_.top_k; ++t) {
         if (base.value[t] >= 0) scratch_.allowed[base.value[t]] = true;

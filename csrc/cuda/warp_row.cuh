@@ -124,7 +124,7 @@ class WarpRow {
     read_keys();
     if (call_.scoring == Scoring::softmax) {
       softmax_.top = largest_logit();
-      if (!call_.renormalize) {
+      if (!call_.renormalize || call_.bias != nullptr) {
         softmax_.inverse_total = 1.0f;
         softmax_.inverse_total = 1.0f / total_of_all();
       }
@@ -136,7 +136,7 @@ class WarpRow {
   }
 
   __device__ __forceinline__ int rank_base(int& order) {
-    if (call_.chooses()) return 0;
+    if (call_.chooses) return 0;
     const int expert = base_ids();
     typename Key<kPacked>::Slot key = 0;
     if (expert >= 0) key = Key<kPacked>::slot(key_of(expert), expert);
@@ -181,7 +181,10 @@ class WarpRow {
   }
 
   __device__ __forceinline__ int num_before(int expert) const {
-    const uint32_t key = key_of(expert);
+    uint32_t mine = 0;  // not `key_of`: its group may be excluded
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) mine = i == expert / kWarp ? keys_[i] : mine;
+    const uint32_t key = __shfl_sync(kAll, mine, expert % kWarp);
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
@@ -440,7 +443,7 @@ class WarpRow {
       const int expert = i * kWarp + lane_;
       if (expert < call_.num_experts) allowed |= (best_groups >> (expert / size) & 1u) << i;
     }
-    if (!call_.chooses()) {
+    if (!call_.chooses) {
       const int base = base_ids();
       MOE_ROUTING_ROLLED
       for (int t = 0; t < call_.top_k; ++t) {

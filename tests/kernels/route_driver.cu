@@ -110,6 +110,7 @@ void serve(const Header& h) {
   call.renormalize = h.renormalize != 0;
   call.scale = h.scale;
   const FloatType weight_type = static_cast<FloatType>(h.weight_type);
+  call.chooses = h.has_choice == 0;
   if (h.has_choice) {
     call.topk_ids = {ids.get(), h.id_stride, h.ids_are_wide != 0};
     call.topk_weights = {weights.get(), h.weight_stride, weight_type};

@@ -143,7 +143,7 @@ def choose_among(num_experts: int, top_k: int) -> object:
 
 BAD_CALLS = {
     "scores: expected float32, bfloat16 or float16": with_changed("scores", Tensor.double),
-    "scores: expected a matrix": with_changed("scores", lambda t: t[0]),
+    "scores: expected 2 dimensions": with_changed("scores", lambda t: t[0]),
     r"topk_ids: expected shape \[6, 4\], got \[5, 4\]": with_changed("topk_ids", lambda t: t[:5]),
     "topk_ids: expected int32 or int64": with_changed("topk_ids", Tensor.short),
     "topk_weights: expected float32": with_changed("topk_weights", Tensor.double),

@@ -393,6 +393,17 @@ def test_a_chosen_expert_counts_whatever_its_group(compiled: Implementation) -> 
     assert got.topk_weights[0].tolist() == pytest.approx([gate, 0.0], rel=GATE_RTOL)
 
 
+def test_experts_outside_the_groups_rank_behind_all_others(compiled: Implementation) -> None:
+    """However good its logit, an expert of another group is no piggyback within max_rank."""
+    logits = torch.tensor([[-9.0] * 6 + [2.0, 1.0], [-3.0, -4, -5, 0, -9, -9, -9, -1]])
+    router = Router(num_groups=2, top_groups=1)
+    ids = torch.tensor([[6, 7], [3, 0]], dtype=torch.int32)
+    model = Model(logits, router, ids, torch.tensor([[0.75, 0.25], [0.75, 0.25]]))
+    oea = {**OEA_2, "k0": 1, "max_rank": 5}
+    got = compiled(call_of(as_case(model, ({"kind": "vanilla"}, oea), (0, 1)), model, seed=0))
+    assert got.topk_ids.tolist() == [[6, 7], [3, 3]]
+
+
 # --- gates -------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,8 @@ struct Call {
   bool renormalize = true;
   float scale = 1.0f;
 
-  IdRows topk_ids;         // the engine's choice; data is null where this call makes the choice
+  bool chooses = false;    // whether this call makes the choice, else:
+  IdRows topk_ids;         // the engine's choice
   FloatRows topk_weights;  // its weights
 
   const int32_t* policy_ids = nullptr;  // [num_rows]
@@ -88,8 +89,6 @@ struct Call {
   uint8_t* out_union = nullptr;           // [num_experts], 1 for experts that some row requires
   int64_t* statistics = nullptr;          // [kNumStatistics], added to; null: nothing is counted
   uint32_t* workspace = nullptr;          // two-launch form only: kWorkspaceWords, any contents
-
-  MOE_ROUTING_FN bool chooses() const { return topk_ids.data == nullptr; }
 };
 
 }  // namespace moe_routing

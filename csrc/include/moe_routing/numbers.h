@@ -129,8 +129,9 @@ MOE_ROUTING_FN float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
+  constexpr float kLowest = -87.336f;  // logarithm of the smallest normal float
   // 2^n * e^r with |r| <= ln(2) / 2; branch-free, so that compilers vectorise loops around it
-  const float clamped = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x;
+  const float clamped = x < kLowest ? kLowest : x > 89.0f ? 89.0f : x;
   const float n = static_cast<float>(
       static_cast<int32_t>(clamped * 1.44269504f + (clamped < 0.0f ? -0.5f : 0.5f)));
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -142,7 +143,7 @@ MOE_ROUTING_FN float exponential(float x) {
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
   const float power = float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : y * power;
+  return x < kLowest ? 0.0f : y * power;
 #endif
 }
 

@@ -120,7 +120,7 @@ MOE_ROUTING_FN int num_guaranteed(Row& row, const typename Row::Ints& order) {
 template <class Row>
 MOE_ROUTING_FN int decide(Row& row, typename Row::Ints& order) {
   const Call& call = row.call();
-  if (!call.chooses() && row.kind() == Kind::vanilla) {
+  if (!call.chooses && row.kind() == Kind::vanilla) {
     row.require_base();
     return 0;
   }
@@ -140,7 +140,7 @@ MOE_ROUTING_FN typename Row::Floats weigh(Row& row, const typename Row::Ints& id
   const auto gates = row.gates_of(ids, n);
   if (!call.renormalize) return gates * call.scale;
   const float total = row.sum(gates);
-  const float wanted = call.chooses() ? call.scale : row.sum(row.base_weights());
+  const float wanted = call.chooses ? call.scale : row.sum(row.base_weights());
   return total > 0.0f ? gates / total * wanted : gates;
 }
 
@@ -215,8 +215,8 @@ template <class Row>
 MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, int guaranteed) {
   const Call& call = row.call();
   const Kind kind = row.kind();
-  const bool is_untouched = kind == Kind::vanilla && !call.chooses();
-  const typename Row::Ints base = call.chooses() ? order : row.base_ids();
+  const bool is_untouched = kind == Kind::vanilla && !call.chooses;
+  const typename Row::Ints base = call.chooses ? order : row.base_ids();
   if (is_untouched) {
     tally(row, base, base, call.top_k);
     return row.copy_base();
@@ -225,7 +225,7 @@ MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, int guaran
   typename Row::Ints ids = order;
   int n = kind == Kind::topk ? guaranteed : call.top_k;
   if (kind == Kind::oea) n = piggyback(row, order, guaranteed, ids);
-  const bool keeps_weights = kind == Kind::sere && !call.chooses();
+  const bool keeps_weights = kind == Kind::sere && !call.chooses;
   const auto weights = keeps_weights ? row.base_weights() : weigh(row, ids, n);
   const int first = row.get(order, 0);
   if (kind == Kind::sere) ids = stand_ins(row, base, first);
