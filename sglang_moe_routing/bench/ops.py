@@ -126,8 +126,8 @@ def _calls(
     )
     kernel_table = compile_table(table)
     policy_ids = (torch.arange(num_rows) % len(policies)).int().to(device)
-    choose_experts = _engine_topk()
-    weights, ids = choose_experts(logits, top_k)
+    engine = _engine_topk(logits, top_k)
+    weights, ids = engine()
     weights, ids = weights.float(), ids.int()
     out: dict[str, Any] = {
         "out_ids": torch.empty_like(ids),
@@ -141,19 +141,19 @@ def _calls(
         return reroute(scores, gates, ids, weights, policy_ids, table, renormalize=True)
 
     return {
-        "engine": lambda: choose_experts(logits, top_k),
+        "engine": engine,
         "fused": lambda: fused_out(logits, policy_ids, kernel_table, router, **out),
         "refine": lambda: refine_out(logits, ids, weights, policy_ids, kernel_table, router, **out),
         "reference": reference,
     }
 
 
-def _engine_topk() -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
+def _engine_topk(logits: Tensor, top_k: int) -> Callable[[], tuple[Tensor, Tensor]]:
     if importlib.util.find_spec("sglang") is None:
-        return _plain_topk
+        return lambda: _plain_topk(logits, top_k)
     from ..integration.engine_topk import engine_topk
 
-    return engine_topk
+    return engine_topk(logits, top_k)
 
 
 def _plain_topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

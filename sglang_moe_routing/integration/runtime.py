@@ -195,10 +195,13 @@ class Runtime:
         is_padded = plan is not None and len(plan.policy_ids) < num_rows
         is_recording = self.recorder is not None and self.recorder.is_on
         counted = self.statistics if plan is None or plan.is_decode else None
-        if plan is not None and not (plan.reroutes or is_padded or is_recording or counted):
-            return topk_ids, topk_weights
         routed = slice(0, layer.top_k)
         ids, weights = topk_ids[:, routed], topk_weights[:, routed]
+        is_vanilla = plan is not None and not (plan.reroutes or is_padded or is_recording)
+        if is_vanilla and (counted is None or layer.kernel_table is None):
+            if counted is not None:
+                counted.count_vanilla(layer.index, ids, layer.num_experts)
+            return topk_ids, topk_weights
         before = (ids.clone(), weights.clone()) if is_recording else (ids, weights)
         run = self._reroute_in_torch if layer.kernel_table is None else self._reroute_in_kernels
         union = run(layer, ids, weights, router_logits, self.policy_ids[:num_rows], counted)

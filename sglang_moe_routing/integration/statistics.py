@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..policies import PAD, Rerouted
+from ..policies import PAD, Rerouted, num_distinct
 
 KEY = "moe_routing"
 """Where the counts stand in SGLang's internal state."""
@@ -49,6 +49,14 @@ class Statistics:
             outcome.moved_slots,
             outcome.critical,
         )
+        self._sums[index] += torch.stack(counts)
+
+    def count_vanilla(self, index: int, topk_ids: Tensor, num_experts: int) -> None:
+        """Count one MoE call that nobody re-routes and that has no padded rows, without kernels."""
+        active = num_distinct(topk_ids, num_experts)
+        num_rows = torch.full_like(active, topk_ids.shape[0])
+        nothing = torch.zeros_like(active)
+        counts = (num_rows.clamp(max=1), num_rows, active, active, nothing, nothing)
         self._sums[index] += torch.stack(counts)
 
     def reset(self) -> None:

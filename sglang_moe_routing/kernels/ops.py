@@ -235,8 +235,10 @@ def _module(tensor: Tensor) -> Any:
     return implementation.module
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def _dense(tensor: Tensor | None) -> Tensor | None:
     """Kernels want adjacent elements in a row; rows may lie apart."""
+    if tensor is None:
+        return None
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
@@ -244,8 +246,8 @@ def _run_refine_out(
     scores: Tensor,
     gates: Tensor | None,
     bias: Tensor | None,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
+    topk_ids: Tensor | None,
+    topk_weights: Tensor | None,
     policy_ids: Tensor,
     policies: Tensor,
     similarity: Tensor,
@@ -263,7 +265,7 @@ def _run_refine_out(
 ) -> None:
     _module(scores).reroute(
         _dense(scores),
-        None if gates is None else _dense(gates),
+        _dense(gates),
         bias,
         _dense(topk_ids),
         _dense(topk_weights),
@@ -314,25 +316,25 @@ def _run_fused_out(
     statistics: Tensor | None,
     workspace: Tensor | None,
 ) -> None:
-    _module(scores).reroute(
-        _dense(scores),
+    _run_refine_out(
+        scores,
         None,
         None,
         None,
         None,
-        policy_ids.contiguous(),
+        policy_ids,
         policies,
         similarity,
-        out_ids,
-        out_weights,
-        out_union,
-        statistics,
-        workspace,
         scoring,
         1,
         1,
         renormalize,
         scale,
+        out_ids=out_ids,
+        out_weights=out_weights,
+        out_union=out_union,
+        statistics=statistics,
+        workspace=workspace,
     )
 
 
