@@ -1,5 +1,9 @@
 #include "moe_routing/bindings.h"
 
+#include <stdexcept>
+
+#include "experts.h"
+#include "instruction_set.h"
 #include "route.h"
 
 namespace moe_routing::cpu {
@@ -19,6 +23,92 @@ void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView>
                             scoring, num_groups, top_groups, renormalize, scale));
 }
 
+ExpertMatrices matrices_of(TensorView tensor, const char* name, TensorView like, int64_t experts,
+                           int64_t rows, int64_t columns) {
+  bindings::check_shape(tensor, name, {experts, rows, columns});
+  bindings::check(tensor.device().device_type == kDLCPU, name, "host memory");
+  bindings::check(bindings::is(tensor, static_cast<DLDataTypeCode>(like.dtype().code),
+                               like.dtype().bits),
+                  name, "the element type of hidden_states");
+  bindings::check(columns == 1 || tensor.stride(2) == 1, name, "adjacent columns (stride 1)");
+  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
+FloatRows bias_of(Optional<TensorView> tensor, const char* name, const bindings::Checker& checker,
+                  int64_t experts, int64_t columns) {
+  if (!tensor.has_value()) return {};
+  const FloatRows bias = checker.floats(*tensor, name, experts, columns);
+  bindings::check(bias.type != FloatType::float16, name, "float32 or bfloat16");
+  return bias;
+}
+
+// Shapes: hidden_states and out [rows, hidden]; w13 [experts, 2 * intermediate, hidden];
+// w2 [experts, hidden, intermediate]; bias13 [experts, 2 * intermediate]; bias2 [experts, hidden];
+// topk_weights and topk_ids [rows, top_k].
+void experts(TensorView hidden_states, TensorView w13, TensorView w2, Optional<TensorView> bias13,
+             Optional<TensorView> bias2, TensorView topk_weights, TensorView topk_ids,
+             TensorView out, int64_t activation, bool is_interleaved, double alpha, double limit,
+             int64_t num_threads) {
+  bindings::check_dimensions(hidden_states, "hidden_states", 2);
+  bindings::check_dimensions(w2, "w2", 3);
+  bindings::check_dimensions(topk_ids, "topk_ids", 2);
+  const bindings::Checker checker(hidden_states.device());
+  const int64_t rows = hidden_states.size(0);
+  const int64_t top_k = topk_ids.size(1);
+  const int64_t experts = w2.size(0);
+
+  ExpertsCall call;
+  call.hidden = hidden_states.size(1);
+  call.intermediate = w2.size(2);
+  bindings::check(rows <= INT32_MAX, "hidden_states", "fewer than 2^31 rows");
+  bindings::check(hidden_states.device().device_type == kDLCPU, "hidden_states", "host memory");
+  bindings::check(experts >= 1 && experts <= INT32_MAX, "w2", "at least one expert");
+  bindings::check(call.hidden >= 1 && call.intermediate >= 1, "w2", "at least one row and column");
+  call.num_rows = static_cast<int32_t>(rows);
+  call.num_experts = static_cast<int32_t>(experts);
+  call.top_k = static_cast<int32_t>(top_k);
+  call.is_bfloat16 = bindings::is(hidden_states, kDLBfloat, 16);
+  bindings::check(call.is_bfloat16 || bindings::is(hidden_states, kDLFloat, 32), "hidden_states",
+                  "float32 or bfloat16");
+  bindings::check(call.hidden == 1 || rows == 0 || hidden_states.stride(1) == 1, "hidden_states",
+                  "adjacent elements in a row (stride 1)");
+  call.hidden_states = hidden_states.data_ptr();
+  call.hidden_stride = hidden_states.stride(0);
+  call.w13 = matrices_of(w13, "w13", hidden_states, experts, 2 * call.intermediate, call.hidden);
+  call.w2 = matrices_of(w2, "w2", hidden_states, experts, call.hidden, call.intermediate);
+  call.bias13 = bias_of(bias13, "bias13", checker, experts, 2 * call.intermediate);
+  call.bias2 = bias_of(bias2, "bias2", checker, experts, call.hidden);
+  call.topk_weights = checker.floats(topk_weights, "topk_weights", rows, top_k);
+  call.topk_ids = checker.ids(topk_ids, "topk_ids", rows, top_k);
+  bindings::check_shape(out, "out", {rows, call.hidden});
+  bindings::check(bindings::is_contiguous(out) && out.dtype().bits == hidden_states.dtype().bits &&
+                      out.dtype().code == hidden_states.dtype().code &&
+                      out.device().device_type == kDLCPU,
+                  "out", "a contiguous tensor of hidden_states' element type");
+  call.out = out.data_ptr();
+  bindings::check(activation >= 0 && activation <= static_cast<int64_t>(Activation::clamped_swiglu),
+                  "activation", "0 to 2");
+  call.activation = static_cast<Activation>(activation);
+  call.is_interleaved = is_interleaved;
+  call.alpha = static_cast<float>(alpha);
+  call.limit = static_cast<float>(limit);
+  bindings::check(num_threads >= 1 && num_threads <= INT32_MAX, "num_threads", "at least 1");
+  call.num_threads = static_cast<int32_t>(num_threads);
+  try {
+    run_experts(call);
+  } catch (const std::out_of_range& error) {
+    TVM_FFI_THROW(ValueError) << error.what();
+  }
+}
+
+int64_t read_stream(TensorView tensor, int64_t num_threads) {
+  bindings::check(tensor.device().device_type == kDLCPU && bindings::is_contiguous(tensor),
+                  "tensor", "a contiguous tensor in host memory");
+  const int64_t bytes = tensor.numel() * tensor.dtype().bits / 8;
+  return static_cast<int64_t>(
+      stream_read(tensor.data_ptr(), bytes, static_cast<int>(num_threads)));
+}
+
 tvm::ffi::String list_instruction_sets() {
   std::string names;
   for (const std::string& name : instruction_sets()) names += (names.empty() ? "" : " ") + name;
@@ -34,5 +124,7 @@ void choose_instruction_set(const tvm::ffi::String& name) {
 }  // namespace moe_routing::cpu
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(reroute, moe_routing::cpu::reroute);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts, moe_routing::cpu::experts);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(stream_read, moe_routing::cpu::read_stream);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, moe_routing::cpu::list_instruction_sets);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_instruction_set, moe_routing::cpu::choose_instruction_set);

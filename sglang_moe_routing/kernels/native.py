@@ -31,7 +31,8 @@ CACHE = "SGLANG_MOE_ROUTING_CACHE"
 """Folder of compiled kernels; ``sglang-moe-routing`` in the user's cache folder if unset."""
 
 INSTRUCTION_SET = "SGLANG_MOE_ROUTING_CPU_ISA"
-"""``avx512``, ``avx2`` or ``portable``; the fastest that the processor has if unset."""
+"""``amx``, ``avx512_bf16``, ``avx512``, ``avx2`` or ``portable``; the fastest that the processor
+has if unset."""
 
 TARGET_ARCHITECTURES = ("8.0", "8.9", "9.0", "10.0", "12.0")
 """CUDA compute capabilities that the kernels are written for."""
@@ -40,7 +41,8 @@ REFERENCE = "torch reference"
 
 Backend = Literal["cpu", "cuda"]
 
-_FLAGS = ("-O3", "-fopenmp-simd")
+_CPU_FLAGS = ("-O3", "-fopenmp")
+_HOST_FLAGS = ("-O3", "-fopenmp-simd")  # of the C++ beside CUDA kernels
 _CUDA_FLAGS = ("-O3",)
 _READY = "ready"  # written last: other processes must not load a half-linked file
 
@@ -191,7 +193,7 @@ def _fingerprint(backend: Backend) -> str:
     rooms = ["include", backend] + (["simt"] if backend == "cuda" else [])
     for path in sorted(p for room in rooms for p in (folder / room).rglob("*.*")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
-    flags = (*_FLAGS, *_CUDA_FLAGS)
+    flags = (*_host_flags(backend), *_CUDA_FLAGS)
     described = (flags, version("apache-tvm-ffi"), platform.machine(), os.environ.get("CXX", "c++"))
     digest.update(repr(described).encode())
     return digest.hexdigest()[:16]
@@ -220,7 +222,7 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
             tvm_ffi.cpp.build(
                 _library_name(backend),
                 sources=[str(path) for path in _sources(backend)],
-                extra_cflags=list(_FLAGS),
+                extra_cflags=list(_host_flags(backend)),
                 extra_cuda_cflags=list(_CUDA_FLAGS),
                 extra_ldflags=_link_flags(backend),
                 extra_include_paths=[str(sources() / "include"), str(sources())],
@@ -257,9 +259,16 @@ def _build_environment(backend: Backend, architectures: Sequence[str]) -> Iterat
                 os.environ[name] = value
 
 
+def _host_flags(backend: Backend) -> tuple[str, ...]:
+    return _CPU_FLAGS if backend == "cpu" else _HOST_FLAGS
+
+
 def _link_flags(backend: Backend) -> list[str]:
-    """Some toolkits keep the runtime library in lib, where tvm-ffi does not look."""
-    return [f"-L{cuda_home()}/lib"] if backend == "cuda" else []
+    """Some toolkits keep the runtime library in lib, where tvm-ffi does not look.
+
+    OpenMP's library is linked by name only: at run time it is the one that torch has loaded.
+    """
+    return [f"-L{cuda_home()}/lib"] if backend == "cuda" else ["-fopenmp"]
 
 
 def _library_name(backend: Backend) -> str:

@@ -1,0 +1,338 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+// Intrinsics stay above: they set targets of their own.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,popcnt")
+#pragma GCC target("amx-tile,amx-bf16")
+#pragma GCC target("prefer-vector-width=512")
+#define MOE_ROUTING_ISA amx
+#define MOE_ROUTING_LANES 16
+#include "experts_numbers.h"
+
+// The experts by matrix tiles (Intel AMX): 16 weight rows times up to 16 tokens.
+//
+// A tile of weights is read where it lies, 16 rows of 32 neighbouring elements. The other operand,
+// the inputs of up to 16 tokens of one expert (a block), is packed in pairs: element [k / 2][t][k % 2].
+// A column of a tile product depends on that token alone.
+namespace moe_routing::cpu::amx {
+namespace {
+
+constexpr int kTileRows = 16;
+constexpr int kTileDepth = 32;  // elements of the summed dimension in a tile
+
+using Sums = float[kTileRows][kBlockTokens];  // [weight row][token]
+
+// Tile registers: sums of the first and second matrix for two blocks, weights, inputs.
+enum { kSum00, kSum01, kSum10, kSum11, kWeights0, kWeights1, kInputs0, kInputs1 };
+
+// Instead of GCC's intrinsics, which take only digits and hide from the compiler what they read.
+template <int tile>
+MOE_ROUTING_INLINE void load_tile(const void* from, int64_t row_bytes) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(tile) : "memory");
+}
+template <int tile>
+MOE_ROUTING_INLINE void store_tile(Sums& to) {
+  const int64_t row_bytes = sizeof to[0];
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(tile) : "memory");
+}
+template <int tile>
+MOE_ROUTING_INLINE void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+template <int sum, int weights, int inputs>
+MOE_ROUTING_INLINE void multiply_tiles() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(weights), "i"(inputs));
+}
+
+struct alignas(64) TileShapes {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+struct Shape {
+  int rows, tokens0, tokens1;
+};
+
+// Shapes stay until a thread leaves: most calls of `use` find the right ones.
+thread_local Shape current{0, 0, 0};
+
+void use(Shape shape) {
+  if (shape.rows == current.rows && shape.tokens0 == current.tokens0 &&
+      shape.tokens1 == current.tokens1) {
+    return;
+  }
+  current = shape;
+  TileShapes shapes;
+  const auto set = [&](int tile, int rows, int bytes) {
+    shapes.rows[tile] = static_cast<uint8_t>(rows);
+    shapes.row_bytes[tile] = static_cast<uint16_t>(bytes);
+  };
+  set(kSum00, shape.rows, 4 * shape.tokens0);
+  set(kSum10, shape.rows, 4 * shape.tokens0);
+  set(kWeights0, shape.rows, 2 * kTileDepth);
+  set(kWeights1, shape.rows, 2 * kTileDepth);
+  set(kInputs0, kTileDepth / 2, 4 * shape.tokens0);
+  if (shape.tokens1 > 0) {
+    set(kSum01, shape.rows, 4 * shape.tokens1);
+    set(kSum11, shape.rows, 4 * shape.tokens1);
+    set(kInputs1, kTileDepth / 2, 4 * shape.tokens1);
+  }
+  __asm__ volatile("ldtilecfg %0" : : "m"(shapes));
+}
+
+void leave() {
+  if (current.rows == 0) return;
+  current = {0, 0, 0};
+  __asm__ volatile("tilerelease");
+}
+
+// Up to 16 tokens of one expert, packed.
+struct Block {
+  const Bfloat16* inputs;
+  int tokens;
+};
+
+// 16 rows of one matrix: where they lie, and a copy of their last, incomplete tile.
+struct TileRows {
+  const Bfloat16* data;
+  int64_t stride;  // elements
+  alignas(64) Bfloat16 rest[kTileRows][kTileDepth];
+
+  TileRows(const Bfloat16* data, int64_t stride, int rows, int64_t size)
+      : data(data), stride(stride) {
+    const int64_t whole = size / kTileDepth * kTileDepth;
+    if (whole == size) return;
+    __builtin_memset(rest, 0, sizeof rest);
+    for (int r = 0; r < rows; ++r) {
+      __builtin_memcpy(rest[r], data + r * stride + whole, (size - whole) * sizeof(Bfloat16));
+    }
+  }
+};
+
+template <bool has_second_block>
+void multiply(const TileRows& first, const TileRows& second, Block block0, Block block1,
+              int64_t size, Sums (&sums)[2][2]) {
+  const int64_t whole = size / kTileDepth * kTileDepth;
+  zero_tile<kSum00>();
+  zero_tile<kSum10>();
+  if (has_second_block) {
+    zero_tile<kSum01>();
+    zero_tile<kSum11>();
+  }
+  const auto step = [&](const Bfloat16* a, int64_t a_stride, const Bfloat16* b, int64_t b_stride,
+                        int64_t k) __attribute__((always_inline)) {
+    load_tile<kInputs0>(block0.inputs + k * block0.tokens, 4 * block0.tokens);
+    load_tile<kWeights0>(a, a_stride);
+    multiply_tiles<kSum00, kWeights0, kInputs0>();
+    load_tile<kWeights1>(b, b_stride);
+    multiply_tiles<kSum10, kWeights1, kInputs0>();
+    if (has_second_block) {
+      load_tile<kInputs1>(block1.inputs + k * block1.tokens, 4 * block1.tokens);
+      multiply_tiles<kSum01, kWeights0, kInputs1>();
+      multiply_tiles<kSum11, kWeights1, kInputs1>();
+    }
+  };
+  for (int64_t k = 0; k < whole; k += kTileDepth) {
+    step(first.data + k, 2 * first.stride, second.data + k, 2 * second.stride, k);
+  }
+  if (whole < size) step(first.rest[0], 2 * kTileDepth, second.rest[0], 2 * kTileDepth, whole);
+  store_tile<kSum00>(sums[0][0]);
+  store_tile<kSum10>(sums[1][0]);
+  if (has_second_block) {
+    store_tile<kSum01>(sums[0][1]);
+    store_tile<kSum11>(sums[1][1]);
+  }
+}
+
+void multiply(const TileRows& first, const TileRows& second, int rows, Block block0, Block block1,
+              int64_t size, Sums (&sums)[2][2]) {
+  use({rows, block0.tokens, block1.tokens});
+  if (block1.tokens > 0) {
+    multiply<true>(first, second, block0, block1, size, sums);
+  } else {
+    multiply<false>(first, second, block0, block1, size, sums);
+  }
+}
+
+// Elements of a packed token.
+int64_t depth(int64_t size) { return round_up(size, kTileDepth); }
+
+int64_t input_bytes(const Work& work) {
+  return 2 * work.num_pairs * depth(work.call->hidden);
+}
+int64_t activated_bytes(const Work& work) {
+  return 2 * work.num_pairs * depth(work.call->intermediate);
+}
+int64_t num_packs(const Work& work) { return work.num_blocks; }
+
+int tokens_of(const Work& work, int32_t active, int32_t pair) {
+  const int32_t rest = work.first[active + 1] - pair;
+  return rest < 0 ? 0 : rest < kBlockTokens ? rest : kBlockTokens;
+}
+
+Bfloat16* packed(char* memory, int64_t pair, int64_t size) {
+  return reinterpret_cast<Bfloat16*>(memory) + pair * depth(size);
+}
+
+Block block_of(const Work& work, char* memory, int64_t size, int32_t active, int32_t pair) {
+  const int tokens = tokens_of(work, active, pair);
+  return {tokens > 0 ? packed(memory, pair, size) : nullptr, tokens};
+}
+
+// The expert and the first pair of a block.
+int32_t active_of_block(const Work& work, int64_t block) {
+  int32_t low = 0, high = work.num_active;
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    (work.first_block[middle] <= block ? low : high) = middle;
+  }
+  return low;
+}
+
+// [t][k] to [k / 2][t][k % 2], two elements at a time.
+void pack(const Work& work, int64_t block) {
+  const ExpertsCall& call = *work.call;
+  const int32_t active = active_of_block(work, block);
+  const int32_t pair = work.first[active] +
+                       static_cast<int32_t>(block - work.first_block[active]) * kBlockTokens;
+  const int tokens = tokens_of(work, active, pair);
+  Bfloat16* const to = packed(work.inputs, pair, call.hidden);
+  for (int t = 0; t < tokens; ++t) {
+    const Bfloat16* const from = static_cast<const Bfloat16*>(call.hidden_states) +
+                                 work.rows[pair + t] * call.hidden_stride;
+    int64_t k = 0;
+    for (; k + 2 <= call.hidden; k += 2) {
+      __builtin_memcpy(to + k * tokens + 2 * t, from + k, 2 * sizeof(Bfloat16));
+    }
+    for (; k < depth(call.hidden); k += 2) {
+      to[k * tokens + 2 * t] = k < call.hidden ? from[k] : Bfloat16{};
+      to[k * tokens + 2 * t + 1] = Bfloat16{};
+    }
+  }
+}
+
+template <Activation activation>
+void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t column, int columns,
+                     const Sums& gate, const Sums& up, Bfloat16* to, int tokens) {
+  const auto value = [&](int r) __attribute__((always_inline)) {
+    if (r >= columns) return Bits{};
+    const Floats g = load<Floats>(gate[r]) + bias_at(call.bias13, expert, at.gate + r * at.step);
+    const Floats u = load<Floats>(up[r]) + bias_at(call.bias13, expert, at.up + r * at.step);
+    return to_bfloat16_bits(activate<activation>(g, u, call.alpha, call.limit));
+  };
+  const __mmask16 lanes = static_cast<__mmask16>((1u << tokens) - 1u);
+  const bool is_last = column + columns == call.intermediate;
+  const int64_t end = is_last ? depth(call.intermediate) - column : kTileRows;
+  for (int r = 0; r < end; r += 2) {  // zeros fill the last tile
+    const Bits pairs = value(r) | value(r + 1) << 16;
+    _mm512_mask_storeu_epi32(to + (column + r) * tokens, lanes, reinterpret_cast<__m512i>(pairs));
+  }
+}
+
+void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t column, int columns,
+                     const Sums& gate, const Sums& up, Bfloat16* to, int tokens) {
+  switch (call.activation) {
+    case Activation::silu:
+      return store_activated<Activation::silu>(call, expert, at, column, columns, gate, up, to,
+                                               tokens);
+    case Activation::gelu_tanh:
+      return store_activated<Activation::gelu_tanh>(call, expert, at, column, columns, gate, up,
+                                                    to, tokens);
+    case Activation::clamped_swiglu:
+      return store_activated<Activation::clamped_swiglu>(call, expert, at, column, columns, gate,
+                                                         up, to, tokens);
+  }
+}
+
+void gate_up(const Work& work, int32_t active, Columns columns) {
+  const ExpertsCall& call = *work.call;
+  const int64_t expert = work.experts[active];
+  const Bfloat16* const weights = static_cast<const Bfloat16*>(call.w13.data) +
+                                  expert * call.w13.expert_stride;
+  alignas(64) Sums sums[2][2] = {};
+  for (int64_t column = columns.begin; column < columns.end; column += kTileRows) {
+    const int64_t left = columns.end - column;
+    const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
+    const GateUp at = GateUp::at(call, column);
+    const int64_t stride = at.step * call.w13.row_stride;
+    const TileRows gate(weights + at.gate * call.w13.row_stride, stride, rows, call.hidden);
+    const TileRows up(weights + at.up * call.w13.row_stride, stride, rows, call.hidden);
+    for (int32_t pair = work.first[active]; pair < work.first[active + 1];
+         pair += 2 * kBlockTokens) {
+      const Block blocks[2] = {
+          block_of(work, work.inputs, call.hidden, active, pair),
+          block_of(work, work.inputs, call.hidden, active, pair + kBlockTokens)};
+      multiply(gate, up, rows, blocks[0], blocks[1], call.hidden, sums);
+      for (int b = 0; b < 2 && blocks[b].tokens > 0; ++b) {
+        store_activated(call, expert, at, column, rows, sums[0][b], sums[1][b],
+                        packed(work.activated, pair + b * kBlockTokens, call.intermediate),
+                        blocks[b].tokens);
+      }
+    }
+  }
+}
+
+// Adds 16 output columns of each token of a block to its row's sum.
+void add_weighted(const Work& work, int64_t expert, int32_t pair, int tokens, int64_t column,
+                  int columns, const Sums& outputs, float* sums, int64_t width) {
+  float bias[kTileRows] = {};
+  for (int r = 0; r < columns; ++r) bias[r] = bias_at(work.call->bias2, expert, column + r);
+  const __m512i places = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+      _mm512_set1_epi32(kBlockTokens));
+  for (int t = 0; t < tokens; ++t) {
+    const Floats output = reinterpret_cast<Floats>(_mm512_i32gather_ps(places, &outputs[0][t], 4));
+    float* const sum = sums + work.rows[pair + t] * width;
+    store(sum, load<Floats>(sum) + work.weights[pair + t] * (output + load<Floats>(bias)));
+  }
+}
+
+void down(const Work& work, float* sums, Columns columns) {
+  const ExpertsCall& call = *work.call;
+  const int64_t width = round_up(columns.end - columns.begin, kBlockColumns);
+  __builtin_memset(sums, 0, call.num_rows * width * sizeof(float));
+  alignas(64) Sums outputs[2][2] = {};
+  for (int32_t active = 0; active < work.num_active; ++active) {
+    const int64_t expert = work.experts[active];
+    const Bfloat16* const weights = static_cast<const Bfloat16*>(call.w2.data) +
+                                    expert * call.w2.expert_stride;
+    for (int64_t column = columns.begin; column < columns.end; column += kTileRows) {
+      const int64_t left = columns.end - column;
+      // an incomplete tile is one of its own
+      const bool has_second = left >= 2 * kTileRows;
+      const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
+      const TileRows first(weights + column * call.w2.row_stride, call.w2.row_stride, rows,
+                           call.intermediate);
+      const TileRows second(
+          weights + (column + (has_second ? kTileRows : 0)) * call.w2.row_stride,
+          call.w2.row_stride, rows, call.intermediate);
+      for (int32_t pair = work.first[active]; pair < work.first[active + 1];
+           pair += 2 * kBlockTokens) {
+        const Block blocks[2] = {
+            block_of(work, work.activated, call.intermediate, active, pair),
+            block_of(work, work.activated, call.intermediate, active, pair + kBlockTokens)};
+        multiply(first, second, rows, blocks[0], blocks[1], call.intermediate, outputs);
+        for (int b = 0; b < 2 && blocks[b].tokens > 0; ++b) {
+          for (int half = 0; half <= has_second; ++half) {
+            const int64_t at = column + half * kTileRows;
+            add_weighted(work, expert, pair + b * kBlockTokens, blocks[b].tokens, at, rows,
+                         outputs[half][b], sums + at - columns.begin, width);
+          }
+        }
+      }
+      if (has_second) column += kTileRows;
+    }
+  }
+  write_sums<Bfloat16>(call, sums, columns, width);
+}
+
+}  // namespace
+
+const ExpertsKernel bfloat16_experts = {input_bytes, activated_bytes, num_packs, pack,
+                                        gate_up,     down,            leave};
+
+}  // namespace moe_routing::cpu::amx
+#endif
