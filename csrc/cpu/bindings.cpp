@@ -101,6 +101,41 @@ void experts(TensorView hidden_states, TensorView w13, TensorView w2, Optional<T
   }
 }
 
+// Shapes: input [rows, in_features]; weight [out_features, in_features]; out [rows, out_features].
+void linear(TensorView input, TensorView weight, TensorView out, int64_t num_threads) {
+  bindings::check_dimensions(input, "input", 2);
+  bindings::check_dimensions(weight, "weight", 2);
+  LinearCall call;
+  call.in_features = input.size(1);
+  call.out_features = weight.size(0);
+  call.is_bfloat16 = bindings::is(input, kDLBfloat, 16);
+  const auto check_matrix = [&](TensorView tensor, const char* name, int64_t rows, int64_t columns) {
+    bindings::check_shape(tensor, name, {rows, columns});
+    bindings::check(tensor.device().device_type == kDLCPU, name, "host memory");
+    bindings::check(call.is_bfloat16 ? bindings::is(tensor, kDLBfloat, 16)
+                                     : bindings::is(tensor, kDLFloat, 32),
+                    name, "float32, or bfloat16 in all three");
+    bindings::check(rows == 0 || columns == 1 || tensor.stride(1) == 1, name,
+                    "adjacent elements in a row (stride 1)");
+  };
+  bindings::check(input.size(0) <= INT32_MAX, "input", "fewer than 2^31 rows");
+  bindings::check(call.in_features >= 1 && call.out_features >= 1, "weight",
+                  "at least one row and column");
+  call.num_rows = static_cast<int32_t>(input.size(0));
+  check_matrix(input, "input", call.num_rows, call.in_features);
+  check_matrix(weight, "weight", call.out_features, call.in_features);
+  check_matrix(out, "out", call.num_rows, call.out_features);
+  bindings::check(bindings::is_contiguous(out), "out", "a contiguous tensor");
+  bindings::check(num_threads >= 1 && num_threads <= INT32_MAX, "num_threads", "at least 1");
+  call.input = input.data_ptr();
+  call.input_stride = input.stride(0);
+  call.weight = weight.data_ptr();
+  call.weight_stride = weight.stride(0);
+  call.out = out.data_ptr();
+  call.num_threads = static_cast<int32_t>(num_threads);
+  run_linear(call);
+}
+
 int64_t read_stream(TensorView tensor, int64_t num_threads) {
   bindings::check(tensor.device().device_type == kDLCPU && bindings::is_contiguous(tensor),
                   "tensor", "a contiguous tensor in host memory");
@@ -125,6 +160,7 @@ void choose_instruction_set(const tvm::ffi::String& name) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(reroute, moe_routing::cpu::reroute);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts, moe_routing::cpu::experts);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, moe_routing::cpu::linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stream_read, moe_routing::cpu::read_stream);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(instruction_sets, moe_routing::cpu::list_instruction_sets);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_instruction_set, moe_routing::cpu::choose_instruction_set);

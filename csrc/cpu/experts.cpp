@@ -71,6 +71,7 @@ class Plan {
   Work work() const {
     Work work{};
     work.call = &call_;
+    work.input_size = call_.hidden;
     work.num_active = static_cast<int32_t>(experts_.size());
     work.num_pairs = first_.back();
     work.num_blocks = first_block_.back();
@@ -147,31 +148,36 @@ Columns block_columns(int64_t task, int64_t width, int64_t size) {
   return {begin, begin + width < size ? begin + width : size};
 }
 
+int64_t element_bytes(const ExpertsCall& call) { return call.is_bfloat16 ? 2 : 4; }
+
 // How a call is cut into tasks.
 struct Split {
-  Split(const Work& work, int num_threads) {
-    const ExpertsCall& call = *work.call;
-    const int64_t element = call.is_bfloat16 ? 2 : 4;
-    const int64_t wanted = kGateUpBytes / (2 * call.hidden * element);
+  int64_t gate_up_width = 1, gate_up_per_expert = 0, down_width = 4 * kBlockColumns, num_down = 0;
+
+  void cut_gate_up(const ExpertsCall& call) {
+    const int64_t wanted = kGateUpBytes / (2 * call.hidden * element_bytes(call));
     gate_up_width = round_up(wanted > 0 ? wanted : 1, kBlockColumns);
     gate_up_per_expert = (call.intermediate + gate_up_width - 1) / gate_up_width;
-    down_width = 4 * kBlockColumns;
+  }
+  void cut_down(const ExpertsCall& call, int num_threads) {
     while (down_width > kBlockColumns &&
            call.hidden / down_width < kTasksPerThread * num_threads) {
       down_width /= 2;
     }
     num_down = (call.hidden + down_width - 1) / down_width;
   }
-
-  int64_t gate_up_width, gate_up_per_expert, down_width, num_down;
+  Task gate_up_task(int64_t at, int64_t intermediate) const {
+    return {static_cast<int32_t>(at / gate_up_per_expert),
+            block_columns(at % gate_up_per_expert, gate_up_width, intermediate)};
+  }
+  Task down_task(int64_t at, int64_t hidden) const {
+    return {0, block_columns(at, down_width, hidden)};
+  }
 };
 
-int threads_for(const Work& work) {
-  const ExpertsCall& call = *work.call;
-  const int64_t bytes =
-      3 * call.hidden * call.intermediate * (call.is_bfloat16 ? 2 : 4) * work.num_active;
-  const int64_t useful = 1 + bytes / kBytesPerThread;
-  return static_cast<int>(useful < call.num_threads ? useful : call.num_threads);
+int threads_for(int64_t weight_bytes, int num_threads) {
+  const int64_t useful = 1 + weight_bytes / kBytesPerThread;
+  return static_cast<int>(useful < num_threads ? useful : num_threads);
 }
 
 int thread_number() {
@@ -182,10 +188,21 @@ int thread_number() {
 #endif
 }
 
-// Tasks are taken one at a time, so that a thread whose core is busy elsewhere takes fewer.
-template <class F>
-void take_tasks(std::atomic<int64_t>& next, int64_t count, F&& run) {
-  for (int64_t task = next++; task < count; task = next++) run(task);
+// Tasks are taken one at a time, so that a thread whose core is busy elsewhere takes fewer; and one
+// ahead, so that its memory is on the way.
+template <class MakeTask, class Run>
+void take_tasks(std::atomic<int64_t>& next, int64_t count, MakeTask&& make, Run&& run) {
+  for (int64_t at = next++; at < count;) {
+    const int64_t following = next++;
+    const auto task = make(at);
+    if (following < count) {
+      const auto upcoming = make(following);
+      run(task, &upcoming);
+    } else {
+      run(task, nullptr);
+    }
+    at = following;
+  }
 }
 
 void run_on_threads(const ExpertsKernel& kernel, const Work& work, const Split& split,
@@ -194,59 +211,128 @@ void run_on_threads(const ExpertsKernel& kernel, const Work& work, const Split& 
   std::atomic<int64_t> packs{0}, gate_ups{0}, downs{0};
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
-    take_tasks(packs, kernel.num_packs(work), [&](int64_t task) { kernel.pack(work, task); });
+    for (int64_t at = packs++; at < kernel.num_packs(work); at = packs++) kernel.pack(work, at);
 #pragma omp barrier
-    take_tasks(gate_ups, split.gate_up_per_expert * work.num_active, [&](int64_t task) {
-      kernel.gate_up(work, static_cast<int32_t>(task / split.gate_up_per_expert),
-                     block_columns(task % split.gate_up_per_expert, split.gate_up_width,
-                                   call.intermediate));
-    });
+    take_tasks(
+        gate_ups, split.gate_up_per_expert * work.num_active,
+        [&](int64_t at) { return split.gate_up_task(at, call.intermediate); },
+        [&](Task task, const Task* next) { kernel.gate_up(work, task, next); });
 #pragma omp barrier
     float* const sums = work.sums + thread_number() * call.num_rows * split.down_width;
-    take_tasks(downs, split.num_down, [&](int64_t task) {
-      kernel.down(work, sums, block_columns(task, split.down_width, call.hidden));
-    });
+    take_tasks(
+        downs, split.num_down, [&](int64_t at) { return split.down_task(at, call.hidden); },
+        [&](Task task, const Task* next) { kernel.down(work, sums, task, next); });
     kernel.leave();
   }
+}
+
+int64_t sums_bytes(const ExpertsCall& call, const Split& split, int num_threads) {
+  return sizeof(float) * call.num_rows * split.down_width * num_threads;
+}
+
+const ExpertsKernel& kernel_of(const ExpertsCall& call) {
+  const InstructionSet& set = instruction_set();
+  return call.is_bfloat16 ? *set.bfloat16 : *set.float32;
+}
+
+Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
 }
 
 }  // namespace
 
 void run_experts(const ExpertsCall& call) {
-  static thread_local Scratch scratch;
   const Plan plan(call);
   Work work = plan.work();
-  const int num_threads = threads_for(work);
-  const Split split(work, num_threads);
-  const InstructionSet& set = instruction_set();
-  const ExpertsKernel& kernel = call.is_bfloat16 ? *set.bfloat16 : *set.float32;
-
+  const int64_t weight_bytes =
+      3 * call.hidden * call.intermediate * element_bytes(call) * work.num_active;
+  const int num_threads = threads_for(weight_bytes, call.num_threads);
+  Split split;
+  split.cut_gate_up(call);
+  split.cut_down(call, num_threads);
+  const ExpertsKernel& kernel = kernel_of(call);
   const int64_t input_bytes = round_up(kernel.input_bytes(work), kAlignment);
   const int64_t activated_bytes = round_up(kernel.activated_bytes(work), kAlignment);
-  const int64_t sums_bytes = 4 * call.num_rows * split.down_width * num_threads;
-  work.inputs = scratch.reserve(input_bytes + activated_bytes + sums_bytes);
+  Scratch& scratch = scratch_of_thread();
+  work.inputs = scratch.reserve(input_bytes + activated_bytes + sums_bytes(call, split, num_threads));
   work.activated = work.inputs + input_bytes;
   work.sums = reinterpret_cast<float*>(work.activated + activated_bytes);
   run_on_threads(kernel, work, split, num_threads);
   scratch.trim();
 }
 
+// One expert that every row uses, and of it only the down projection.
+void run_linear(const LinearCall& linear) {
+  ExpertsCall call;
+  call.num_rows = linear.num_rows;
+  call.num_experts = 1;
+  call.hidden = linear.out_features;
+  call.intermediate = linear.in_features;
+  call.is_bfloat16 = linear.is_bfloat16;
+  call.hidden_states = linear.input;
+  call.hidden_stride = linear.input_stride;
+  call.w2 = {linear.weight, 0, linear.weight_stride};
+  call.out = linear.out;
+
+  const int32_t expert = 0;
+  const int32_t first[] = {0, linear.num_rows};
+  const int32_t first_block[] = {0, (linear.num_rows + kBlockTokens - 1) / kBlockTokens};
+  std::vector<int32_t> rows(linear.num_rows);
+  for (int32_t row = 0; row < linear.num_rows; ++row) rows[row] = row;
+  const std::vector<float> weights(linear.num_rows, 1.0f);
+  Work work{};
+  work.call = &call;
+  work.input_size = linear.in_features;
+  work.num_active = linear.num_rows > 0 ? 1 : 0;
+  work.num_pairs = linear.num_rows;
+  work.num_blocks = first_block[1];
+  work.experts = &expert;
+  work.first = first;
+  work.first_block = first_block;
+  work.rows = rows.data();
+  work.weights = weights.data();
+
+  const int64_t weight_bytes = call.hidden * call.intermediate * element_bytes(call);
+  const int num_threads = threads_for(weight_bytes, linear.num_threads);
+  Split split;
+  split.cut_down(call, num_threads);
+  const ExpertsKernel& kernel = kernel_of(call);
+  const int64_t input_bytes = round_up(kernel.input_bytes(work), kAlignment);
+  Scratch& scratch = scratch_of_thread();
+  work.inputs = scratch.reserve(input_bytes + sums_bytes(call, split, num_threads));
+  work.activated = work.inputs;
+  work.sums = reinterpret_cast<float*>(work.inputs + input_bytes);
+  run_on_threads(kernel, work, split, num_threads);
+  scratch.trim();
+}
+
 uint64_t stream_read(const void* data, int64_t bytes, int num_threads) {
   typedef uint64_t Line __attribute__((vector_size(64), aligned(8)));
+  constexpr int kPages = 8;  // at a time: a single stream leaves memory idle
+  constexpr int64_t kPageLines = 4096 / sizeof(Line);
   const Line* const lines = static_cast<const Line*>(data);
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(Line));
+  const int64_t count = bytes / static_cast<int64_t>(kPages * 4096);
   uint64_t checksum = 0;
 #pragma omp parallel for num_threads(num_threads) reduction(^ : checksum) schedule(static)
   for (int64_t part = 0; part < num_threads; ++part) {
-    Line sums[4] = {};
+    Line sum = {};
     const int64_t end = count * (part + 1) / num_threads;
-    int64_t i = count * part / num_threads;
-    for (; i + 4 <= end; i += 4) {
-      for (int j = 0; j < 4; ++j) sums[j] ^= lines[i + j];
+    for (int64_t i = count * part / num_threads; i < end; ++i) {
+      const Line* const from = lines + i * kPages * kPageLines;
+      for (int64_t line = 0; line < kPageLines; ++line) {
+        for (int page = 0; page < kPages; ++page) {
+          const Line* const at = from + page * kPageLines + line;
+          __builtin_prefetch(at + kPages * kPageLines, 0, 2);
+          sum ^= *at;
+        }
+      }
     }
-    for (; i < end; ++i) sums[0] ^= lines[i];
-    const Line all = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
-    for (int j = 0; j < 8; ++j) checksum ^= all[j];
+    for (int j = 0; j < 8; ++j) checksum ^= sum[j];
+  }
+  const char* const rest = static_cast<const char*>(data) + count * kPages * 4096;
+  for (const char* at = rest; at < static_cast<const char*>(data) + bytes; ++at) {
+    checksum ^= static_cast<uint64_t>(static_cast<unsigned char>(*at));
   }
   return checksum;
 }

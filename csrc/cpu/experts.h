@@ -50,6 +50,22 @@ struct ExpertsCall {
 // Run one call. Throws std::out_of_range for an id that is neither -1 nor an expert.
 void run_experts(const ExpertsCall& call);
 
+// out = input * transposed weight, with the same promise: a row does not depend on other rows.
+struct LinearCall {
+  int32_t num_rows = 0;
+  int64_t in_features = 0;
+  int64_t out_features = 0;
+  bool is_bfloat16 = false;  // all three, else float32
+  const void* input = nullptr;  // [rows, in_features]
+  int64_t input_stride = 0;
+  const void* weight = nullptr;  // [out_features, in_features]
+  int64_t weight_stride = 0;
+  void* out = nullptr;  // [rows, out_features], contiguous
+  int32_t num_threads = 1;
+};
+
+void run_linear(const LinearCall& call);
+
 // Read memory once with `num_threads` threads, as fast as it goes. Returns a checksum.
 uint64_t stream_read(const void* data, int64_t bytes, int num_threads);
 

@@ -114,7 +114,7 @@ struct TileRows {
 
 template <bool has_second_block>
 void multiply(const TileRows& first, const TileRows& second, Block block0, Block block1,
-              int64_t size, Sums (&sums)[2][2]) {
+              int64_t size, Sums (&sums)[2][2], Prefetcher& prefetcher) {
   const int64_t whole = size / kTileDepth * kTileDepth;
   zero_tile<kSum00>();
   zero_tile<kSum10>();
@@ -137,6 +137,7 @@ void multiply(const TileRows& first, const TileRows& second, Block block0, Block
   };
   for (int64_t k = 0; k < whole; k += kTileDepth) {
     step(first.data + k, 2 * first.stride, second.data + k, 2 * second.stride, k);
+    prefetcher.advance(2 * kTileRows * 64);
   }
   if (whole < size) step(first.rest[0], 2 * kTileDepth, second.rest[0], 2 * kTileDepth, whole);
   store_tile<kSum00>(sums[0][0]);
@@ -148,21 +149,19 @@ void multiply(const TileRows& first, const TileRows& second, Block block0, Block
 }
 
 void multiply(const TileRows& first, const TileRows& second, int rows, Block block0, Block block1,
-              int64_t size, Sums (&sums)[2][2]) {
+              int64_t size, Sums (&sums)[2][2], Prefetcher& prefetcher) {
   use({rows, block0.tokens, block1.tokens});
   if (block1.tokens > 0) {
-    multiply<true>(first, second, block0, block1, size, sums);
+    multiply<true>(first, second, block0, block1, size, sums, prefetcher);
   } else {
-    multiply<false>(first, second, block0, block1, size, sums);
+    multiply<false>(first, second, block0, block1, size, sums, prefetcher);
   }
 }
 
 // Elements of a packed token.
 int64_t depth(int64_t size) { return round_up(size, kTileDepth); }
 
-int64_t input_bytes(const Work& work) {
-  return 2 * work.num_pairs * depth(work.call->hidden);
-}
+int64_t input_bytes(const Work& work) { return 2 * work.num_pairs * depth(work.input_size); }
 int64_t activated_bytes(const Work& work) {
   return 2 * work.num_pairs * depth(work.call->intermediate);
 }
@@ -199,16 +198,17 @@ void pack(const Work& work, int64_t block) {
   const int32_t pair = work.first[active] +
                        static_cast<int32_t>(block - work.first_block[active]) * kBlockTokens;
   const int tokens = tokens_of(work, active, pair);
-  Bfloat16* const to = packed(work.inputs, pair, call.hidden);
+  const int64_t size = work.input_size;
+  Bfloat16* const to = packed(work.inputs, pair, size);
   for (int t = 0; t < tokens; ++t) {
     const Bfloat16* const from = static_cast<const Bfloat16*>(call.hidden_states) +
                                  work.rows[pair + t] * call.hidden_stride;
     int64_t k = 0;
-    for (; k + 2 <= call.hidden; k += 2) {
+    for (; k + 2 <= size; k += 2) {
       __builtin_memcpy(to + k * tokens + 2 * t, from + k, 2 * sizeof(Bfloat16));
     }
-    for (; k < depth(call.hidden); k += 2) {
-      to[k * tokens + 2 * t] = k < call.hidden ? from[k] : Bfloat16{};
+    for (; k < depth(size); k += 2) {
+      to[k * tokens + 2 * t] = k < size ? from[k] : Bfloat16{};
       to[k * tokens + 2 * t + 1] = Bfloat16{};
     }
   }
@@ -247,12 +247,13 @@ void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t
   }
 }
 
-void gate_up(const Work& work, int32_t active, Columns columns) {
+void gate_up(const Work& work, Task task, const Task* next) {
   const ExpertsCall& call = *work.call;
+  const auto [active, columns] = task;
   const int64_t expert = work.experts[active];
-  const Bfloat16* const weights = static_cast<const Bfloat16*>(call.w13.data) +
-                                  expert * call.w13.expert_stride;
+  const Bfloat16* const weights = matrix<Bfloat16>(call.w13, expert);
   alignas(64) Sums sums[2][2] = {};
+  Prefetcher prefetcher;
   for (int64_t column = columns.begin; column < columns.end; column += kTileRows) {
     const int64_t left = columns.end - column;
     const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
@@ -260,12 +261,17 @@ void gate_up(const Work& work, int32_t active, Columns columns) {
     const int64_t stride = at.step * call.w13.row_stride;
     const TileRows gate(weights + at.gate * call.w13.row_stride, stride, rows, call.hidden);
     const TileRows up(weights + at.up * call.w13.row_stride, stride, rows, call.hidden);
+    if (left > kTileRows) {
+      prefetch_gate_up<Bfloat16>(work, active, column + kTileRows, kTileRows, prefetcher);
+    } else if (next != nullptr) {
+      prefetch_gate_up<Bfloat16>(work, next->active, next->columns.begin, kTileRows, prefetcher);
+    }
     for (int32_t pair = work.first[active]; pair < work.first[active + 1];
          pair += 2 * kBlockTokens) {
       const Block blocks[2] = {
           block_of(work, work.inputs, call.hidden, active, pair),
           block_of(work, work.inputs, call.hidden, active, pair + kBlockTokens)};
-      multiply(gate, up, rows, blocks[0], blocks[1], call.hidden, sums);
+      multiply(gate, up, rows, blocks[0], blocks[1], call.hidden, sums, prefetcher);
       for (int b = 0; b < 2 && blocks[b].tokens > 0; ++b) {
         store_activated(call, expert, at, column, rows, sums[0][b], sums[1][b],
                         packed(work.activated, pair + b * kBlockTokens, call.intermediate),
@@ -290,40 +296,53 @@ void add_weighted(const Work& work, int64_t expert, int32_t pair, int tokens, in
   }
 }
 
-void down(const Work& work, float* sums, Columns columns) {
+// 32 output columns, or an incomplete tile of fewer than 16, of one expert.
+void down_block(const Work& work, int32_t active, Columns columns, int64_t column, float* sums,
+                int64_t width, Prefetcher& prefetcher) {
   const ExpertsCall& call = *work.call;
+  const int64_t expert = work.experts[active];
+  const int64_t left = columns.end - column;
+  const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
+  const int64_t second_row = left >= 2 * kTileRows ? kTileRows : 0;
+  const Bfloat16* const weights = matrix<Bfloat16>(call.w2, expert) + column * call.w2.row_stride;
+  const TileRows first(weights, call.w2.row_stride, rows, call.intermediate);
+  const TileRows second(weights + second_row * call.w2.row_stride, call.w2.row_stride, rows,
+                        call.intermediate);
+  alignas(64) Sums outputs[2][2];
+  for (int32_t pair = work.first[active]; pair < work.first[active + 1];
+       pair += 2 * kBlockTokens) {
+    const Block blocks[2] = {
+        block_of(work, work.activated, call.intermediate, active, pair),
+        block_of(work, work.activated, call.intermediate, active, pair + kBlockTokens)};
+    multiply(first, second, rows, blocks[0], blocks[1], call.intermediate, outputs, prefetcher);
+    for (int b = 0; b < 2 && blocks[b].tokens > 0; ++b) {
+      for (int64_t row = 0; row <= second_row; row += kTileRows) {
+        add_weighted(work, expert, pair + b * kBlockTokens, blocks[b].tokens, column + row, rows,
+                     outputs[row / kTileRows][b], sums + column + row - columns.begin, width);
+      }
+    }
+  }
+}
+
+void down(const Work& work, float* sums, Task task, const Task* next) {
+  const ExpertsCall& call = *work.call;
+  const Columns columns = task.columns;
   const int64_t width = round_up(columns.end - columns.begin, kBlockColumns);
   __builtin_memset(sums, 0, call.num_rows * width * sizeof(float));
-  alignas(64) Sums outputs[2][2] = {};
+  Prefetcher prefetcher;
   for (int32_t active = 0; active < work.num_active; ++active) {
-    const int64_t expert = work.experts[active];
-    const Bfloat16* const weights = static_cast<const Bfloat16*>(call.w2.data) +
-                                    expert * call.w2.expert_stride;
-    for (int64_t column = columns.begin; column < columns.end; column += kTileRows) {
+    for (int64_t column = columns.begin; column < columns.end;) {
       const int64_t left = columns.end - column;
-      // an incomplete tile is one of its own
-      const bool has_second = left >= 2 * kTileRows;
-      const int rows = left < kTileRows ? static_cast<int>(left) : kTileRows;
-      const TileRows first(weights + column * call.w2.row_stride, call.w2.row_stride, rows,
-                           call.intermediate);
-      const TileRows second(
-          weights + (column + (has_second ? kTileRows : 0)) * call.w2.row_stride,
-          call.w2.row_stride, rows, call.intermediate);
-      for (int32_t pair = work.first[active]; pair < work.first[active + 1];
-           pair += 2 * kBlockTokens) {
-        const Block blocks[2] = {
-            block_of(work, work.activated, call.intermediate, active, pair),
-            block_of(work, work.activated, call.intermediate, active, pair + kBlockTokens)};
-        multiply(first, second, rows, blocks[0], blocks[1], call.intermediate, outputs);
-        for (int b = 0; b < 2 && blocks[b].tokens > 0; ++b) {
-          for (int half = 0; half <= has_second; ++half) {
-            const int64_t at = column + half * kTileRows;
-            add_weighted(work, expert, pair + b * kBlockTokens, blocks[b].tokens, at, rows,
-                         outputs[half][b], sums + at - columns.begin, width);
-          }
-        }
+      const int64_t step = left >= 2 * kTileRows ? 2 * kTileRows : kTileRows;
+      if (left >= step + 2 * kTileRows) {
+        prefetch_down<Bfloat16>(work, active, column + step, 2 * kTileRows, prefetcher);
+      } else if (left <= step && active + 1 < work.num_active) {
+        prefetch_down<Bfloat16>(work, active + 1, columns.begin, 2 * kTileRows, prefetcher);
+      } else if (left <= step && next != nullptr) {
+        prefetch_down<Bfloat16>(work, 0, next->columns.begin, 2 * kTileRows, prefetcher);
       }
-      if (has_second) column += kTileRows;
+      down_block(work, active, columns, column, sums, width, prefetcher);
+      column += step;
     }
   }
   write_sums<Bfloat16>(call, sums, columns, width);

@@ -120,6 +120,31 @@ struct GateUp {
   }
 };
 
+template <class T>
+MOE_ROUTING_INLINE const T* matrix(const ExpertMatrices& matrices, int64_t expert) {
+  return static_cast<const T*>(matrices.data) + expert * matrices.expert_stride;
+}
+
+template <class T>
+MOE_ROUTING_INLINE void prefetch_gate_up(const Work& work, int32_t active, int64_t column,
+                                         int64_t columns, Prefetcher& prefetcher) {
+  const ExpertsCall& call = *work.call;
+  const GateUp at = GateUp::at(call, column);
+  const T* const weights = matrix<T>(call.w13, work.experts[active]);
+  const T* const gate = weights + at.gate * call.w13.row_stride;
+  const T* const up = weights + (call.is_interleaved ? at.gate + columns : at.up) * call.w13.row_stride;
+  prefetcher.start(gate, up, columns * call.w13.row_stride * sizeof(T));
+}
+
+template <class T>
+MOE_ROUTING_INLINE void prefetch_down(const Work& work, int32_t active, int64_t column,
+                                      int64_t columns, Prefetcher& prefetcher) {
+  const ExpertMatrices& w2 = work.call->w2;
+  const T* const rows = matrix<T>(w2, work.experts[active]) + column * w2.row_stride;
+  const int64_t half = columns / 2 * w2.row_stride;
+  prefetcher.start(rows, rows + half, half * sizeof(T));
+}
+
 // Adds up the output columns of all rows and writes them when all experts are done.
 template <class T>
 MOE_ROUTING_INLINE void write_sums(const ExpertsCall& call, const float* sums, Columns columns,

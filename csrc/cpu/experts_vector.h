@@ -12,6 +12,11 @@ constexpr int kTokens = 32;  // tokens of an expert that share a scratch buffer
 constexpr int kStepTokens = 4;
 constexpr int kStepRows = MOE_ROUTING_LANES >= 16 ? 4 : 2;  // as many sums as there are registers
 
+template <int value>
+struct Constant {
+  constexpr operator int() const { return value; }
+};
+
 using Tile = float[kTokens][kBlockColumns];
 
 // float32 weights.
@@ -88,7 +93,7 @@ class VectorExperts {
 
  public:
   static int64_t input_bytes(const Work& work) {
-    return work.call->num_rows * stride(work.call->hidden) * sizeof(Input);
+    return work.call->num_rows * stride(work.input_size) * sizeof(Input);
   }
   static int64_t activated_bytes(const Work& work) {
     return work.num_pairs * stride(work.call->intermediate) * sizeof(Input);
@@ -100,33 +105,49 @@ class VectorExperts {
     const Weight* const from = static_cast<const Weight*>(call.hidden_states) +
                                row * call.hidden_stride;
     Input* const to = input_of(work, row);
-    for (int64_t k = 0; k < call.hidden; ++k) Dot::put(to, k, from[k]);
-    for (int64_t k = call.hidden; k < stride(call.hidden); ++k) Dot::put(to, k, Weight{});
+    for (int64_t k = 0; k < work.input_size; ++k) Dot::put(to, k, from[k]);
+    for (int64_t k = work.input_size; k < stride(work.input_size); ++k) {
+      Dot::put(to, k, Weight{});
+    }
   }
 
-  static void gate_up(const Work& work, int32_t active, Columns columns) {
-    for (int32_t pair = work.first[active]; pair < work.first[active + 1]; pair += kTokens) {
-      const int tokens = count(pair, work.first[active + 1]);
-      for (int64_t column = columns.begin; column < columns.end; column += kBlockColumns) {
-        const int64_t end = column + kBlockColumns;
-        gate_up_block(work, work.experts[active], pair, tokens,
-                      {column, end < columns.end ? end : columns.end});
+  static void gate_up(const Work& work, Task task, const Task* next) {
+    const auto [active, columns] = task;
+    Prefetcher prefetcher;
+    for (int64_t column = columns.begin; column < columns.end; column += kBlockColumns) {
+      const Columns block = at_most(column, columns.end);
+      if (block.end < columns.end) {
+        prefetch_gate_up<Weight>(work, active, block.end, kBlockColumns, prefetcher);
+      } else if (next != nullptr) {
+        prefetch_gate_up<Weight>(work, next->active, next->columns.begin, kBlockColumns,
+                                 prefetcher);
+      }
+      for (int32_t pair = work.first[active]; pair < work.first[active + 1]; pair += kTokens) {
+        gate_up_block(work, work.experts[active], pair, count(pair, work.first[active + 1]), block,
+                      prefetcher);
       }
     }
   }
 
-  static void down(const Work& work, float* sums, Columns columns) {
+  static void down(const Work& work, float* sums, Task task, const Task* next) {
     const ExpertsCall& call = *work.call;
+    const Columns columns = task.columns;
     const int64_t width = round_up(columns.end - columns.begin, kBlockColumns);
     __builtin_memset(sums, 0, call.num_rows * width * sizeof(float));
+    Prefetcher prefetcher;
     for (int32_t active = 0; active < work.num_active; ++active) {
-      for (int32_t pair = work.first[active]; pair < work.first[active + 1]; pair += kTokens) {
-        const int tokens = count(pair, work.first[active + 1]);
-        for (int64_t column = columns.begin; column < columns.end; column += kBlockColumns) {
-          const int64_t end = column + kBlockColumns;
-          down_block(work, work.experts[active], pair, tokens,
-                     {column, end < columns.end ? end : columns.end},
-                     sums + column - columns.begin, width);
+      for (int64_t column = columns.begin; column < columns.end; column += kBlockColumns) {
+        const Columns block = at_most(column, columns.end);
+        if (block.end < columns.end) {
+          prefetch_down<Weight>(work, active, block.end, kBlockColumns, prefetcher);
+        } else if (active + 1 < work.num_active) {
+          prefetch_down<Weight>(work, active + 1, columns.begin, kBlockColumns, prefetcher);
+        } else if (next != nullptr) {
+          prefetch_down<Weight>(work, 0, next->columns.begin, kBlockColumns, prefetcher);
+        }
+        for (int32_t pair = work.first[active]; pair < work.first[active + 1]; pair += kTokens) {
+          down_block(work, work.experts[active], pair, count(pair, work.first[active + 1]), block,
+                     sums + column - columns.begin, width, prefetcher);
         }
       }
     }
@@ -140,10 +161,14 @@ class VectorExperts {
   static int64_t stride(int64_t size) { return round_up(size, kBlockColumns); }
 
   static Input* input_of(const Work& work, int64_t row) {
-    return reinterpret_cast<Input*>(work.inputs) + row * stride(work.call->hidden);
+    return reinterpret_cast<Input*>(work.inputs) + row * stride(work.input_size);
   }
   static Input* activated_of(const Work& work, int64_t pair) {
     return reinterpret_cast<Input*>(work.activated) + pair * stride(work.call->intermediate);
+  }
+
+  MOE_ROUTING_INLINE Columns at_most(int64_t begin, int64_t end) {
+    return {begin, begin + kBlockColumns < end ? begin + kBlockColumns : end};
   }
 
   MOE_ROUTING_INLINE int count(int32_t pair, int32_t end) {
@@ -151,19 +176,19 @@ class VectorExperts {
   }
 
   static void gate_up_block(const Work& work, int64_t expert, int32_t pair, int tokens,
-                            Columns columns) {
+                            Columns columns, Prefetcher& prefetcher) {
     const ExpertsCall& call = *work.call;
     const Input* inputs[kTokens];
     for (int t = 0; t < tokens; ++t) inputs[t] = input_of(work, work.rows[pair + t]);
-    const Weight* const weights = static_cast<const Weight*>(call.w13.data) +
-                                  expert * call.w13.expert_stride;
+    const Weight* const weights = matrix<Weight>(call.w13, expert);
     const GateUp at = GateUp::at(call, columns.begin);
     const int64_t step = at.step * call.w13.row_stride;
     const int rows = static_cast<int>(columns.end - columns.begin);
     Tile gate, up;
     multiply(weights + at.gate * call.w13.row_stride, step, rows, inputs, tokens, call.hidden,
-             gate);
-    multiply(weights + at.up * call.w13.row_stride, step, rows, inputs, tokens, call.hidden, up);
+             gate, prefetcher);
+    multiply(weights + at.up * call.w13.row_stride, step, rows, inputs, tokens, call.hidden, up,
+             prefetcher);
     float gate_bias[kBlockColumns], up_bias[kBlockColumns];
     for (int r = 0; r < rows; ++r) {
       gate_bias[r] = bias_at(call.bias13, expert, at.gate + r * at.step);
@@ -198,16 +223,16 @@ class VectorExperts {
   }
 
   static void down_block(const Work& work, int64_t expert, int32_t pair, int tokens,
-                         Columns columns, float* sums, int64_t width) {
+                         Columns columns, float* sums, int64_t width, Prefetcher& prefetcher) {
     const ExpertsCall& call = *work.call;
     const Input* inputs[kTokens];
     for (int t = 0; t < tokens; ++t) inputs[t] = activated_of(work, pair + t);
-    const Weight* const weights = static_cast<const Weight*>(call.w2.data) +
-                                  expert * call.w2.expert_stride +
-                                  columns.begin * call.w2.row_stride;
+    const Weight* const weights =
+        matrix<Weight>(call.w2, expert) + columns.begin * call.w2.row_stride;
     const int rows = static_cast<int>(columns.end - columns.begin);
     Tile outputs;
-    multiply(weights, call.w2.row_stride, rows, inputs, tokens, call.intermediate, outputs);
+    multiply(weights, call.w2.row_stride, rows, inputs, tokens, call.intermediate, outputs,
+             prefetcher);
     float bias[kBlockColumns];
     for (int r = 0; r < rows; ++r) bias[r] = bias_at(call.bias2, expert, columns.begin + r);
     for (int t = 0; t < tokens; ++t) {
@@ -219,33 +244,37 @@ class VectorExperts {
 
   // out[t][r] = dot product of weight row r and the input of token t.
   static void multiply(const Weight* weights, int64_t row_stride, int rows,
-                       const Input* const* inputs, int tokens, int64_t size, Tile& out) {
+                       const Input* const* inputs, int tokens, int64_t size, Tile& out,
+                       Prefetcher& prefetcher) {
     int r = 0;
     for (; r + kStepRows <= rows; r += kStepRows) {
-      multiply_rows<kStepRows>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r);
+      multiply_rows<kStepRows>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r, prefetcher);
     }
     for (; r < rows; ++r) {
-      multiply_rows<1>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r);
+      multiply_rows<1>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r, prefetcher);
     }
   }
 
   template <int rows>
   static void multiply_rows(const Weight* weights, int64_t row_stride, const Input* const* inputs,
-                            int tokens, int64_t size, Tile& out, int r) {
+                            int tokens, int64_t size, Tile& out, int r,
+                            Prefetcher& prefetcher) {
     const int64_t whole = size / Dot::kChunk * Dot::kChunk;
     Weight rest[rows][Dot::kChunk] = {};  // the last chunk, padded with zeros as the inputs are
     for (int i = 0; i < rows; ++i) {
       __builtin_memcpy(rest[i], weights + i * row_stride + whole, (size - whole) * sizeof(Weight));
     }
+    const auto step = [&](auto tokens_of_step, int t) __attribute__((always_inline)) {
+      constexpr int kCount = tokens_of_step;
+      multiply_step<rows, kCount>(weights, row_stride, rest, inputs + t, whole, size, out + t, r,
+                                  prefetcher);
+    };
     int t = 0;
-    for (; t + kStepTokens <= tokens; t += kStepTokens) {
-      multiply_step<rows, kStepTokens>(weights, row_stride, rest, inputs + t, whole, size, out + t,
-                                       r);
-    }
+    for (; t + kStepTokens <= tokens; t += kStepTokens) step(Constant<kStepTokens>{}, t);
     switch (tokens - t) {
-      case 3: return multiply_step<rows, 3>(weights, row_stride, rest, inputs + t, whole, size, out + t, r);
-      case 2: return multiply_step<rows, 2>(weights, row_stride, rest, inputs + t, whole, size, out + t, r);
-      case 1: return multiply_step<rows, 1>(weights, row_stride, rest, inputs + t, whole, size, out + t, r);
+      case 3: return step(Constant<3>{}, t);
+      case 2: return step(Constant<2>{}, t);
+      case 1: return step(Constant<1>{}, t);
     }
   }
 
@@ -253,12 +282,14 @@ class VectorExperts {
   MOE_ROUTING_INLINE void multiply_step(const Weight* weights, int64_t row_stride,
                                         const Weight (&rest)[rows][Dot::kChunk],
                                         const Input* const* inputs, int64_t whole, int64_t size,
-                                        float (*out)[kBlockColumns], int r) {
+                                        float (*out)[kBlockColumns], int r,
+                                        Prefetcher& prefetcher) {
     const Weight* at[rows];
     for (int i = 0; i < rows; ++i) at[i] = weights + i * row_stride;
     Floats sums[tokens][rows] = {};
     for (int64_t k = 0; k < whole; k += Dot::kChunk) {
       Dot::template step<rows, tokens>(sums, at, inputs, k, k);
+      prefetcher.advance(rows * Dot::kChunk * sizeof(Weight));
     }
     if (whole < size) {
       for (int i = 0; i < rows; ++i) at[i] = rest[i];

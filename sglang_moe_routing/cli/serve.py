@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,14 @@ def serve(
             help="Use the portable CPU platform; by default where there is no accelerator.",
         ),
     ] = None,
+    cpu_experts: Annotated[
+        Literal["auto", "native", "torch"],
+        typer.Option(
+            help="What runs the experts on the portable CPU platform: the compiled runner, or a "
+            "loop of library products.",
+            envvar=environment.CPU_EXPERTS,
+        ),
+    ] = "auto",
 ) -> None:
     """Start SGLang's server; every other option is passed on to SGLang.
 
@@ -40,6 +48,7 @@ def serve(
         path = routing_config or bundled_config("default.yaml")
         loaded = load_config(path)
         env = server_environment(path, context.args, cpu=cpu)
+        env[environment.CPU_EXPERTS] = cpu_experts
         command = server_command(model, context.args)
     names = ", ".join(loaded.config.names)
     platform = env.get("SGLANG_PLATFORM") or "SGLang's own"

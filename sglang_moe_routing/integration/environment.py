@@ -13,6 +13,10 @@ EMULATE_GRAPHS = "SGLANG_MOE_ROUTING_EMULATE_GRAPHS"
 """Set to 1 on the portable CPU platform: run SGLang's decode graph runner with a backend that
 re-executes instead of replaying. For tests."""
 
+CPU_EXPERTS = "SGLANG_MOE_ROUTING_CPU_EXPERTS"
+"""What runs the experts on the portable CPU platform: ``native``, the compiled runner; ``torch``, a
+loop of library products; ``auto`` (default), the compiled runner where it can be had."""
+
 PLATFORM = "moe_routing_cpu"
 """Name of the portable CPU platform in SGLANG_PLATFORM."""
 

@@ -46,10 +46,10 @@ def _inspect_kernels(result: Inspection) -> None:
 
 
 def _verify_symbols() -> Sequence[Finding]:
-    from .cpu_platform import sharding
+    from .cpu_platform import experts, sharding
     from .hooks import HOOKS, RELIED_ON
 
-    return hooking.verify([*HOOKS, sharding.HOOK, *RELIED_ON])
+    return hooking.verify([*HOOKS, sharding.HOOK, experts.HOOK, *RELIED_ON])
 
 
 def _platform() -> str:

@@ -8,7 +8,7 @@ import os
 from ..config import LoadedConfig, load_config
 from ..errors import EngineError
 from . import environment, hooking, runtime
-from .cpu_platform import sharding
+from .cpu_platform import experts, sharding
 from .hooking import Hook
 from .hooks import HOOKS, RELIED_ON
 from .plugin import fatal
@@ -23,7 +23,7 @@ def install() -> None:
     hooking.check_version()
     hooks: list[Hook] = []
     if os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
-        hooks.append(sharding.HOOK)
+        hooks += [sharding.HOOK, experts.HOOK]
     if os.environ.get(environment.CONFIG):
         hooks += _start_routing()
     hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON]))

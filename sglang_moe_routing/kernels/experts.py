@@ -80,6 +80,23 @@ def run_experts(
     return out
 
 
+def linear(input: Tensor, weight: Tensor) -> Tensor:
+    """``input @ weight.T`` with torch's number of threads and sums in float32.
+
+    A row's result does not depend, bit for bit, on the other rows or on the number of threads.
+
+    Args:
+        input: ``[num_tokens, in_features]``, bfloat16 or float32; columns must be adjacent.
+        weight: ``[out_features, in_features]`` likewise.
+
+    Returns:
+        ``[num_tokens, out_features]`` in the same type. Raises `KernelError`, `ValueError`.
+    """
+    out = input.new_empty(input.shape[0], weight.shape[0])
+    _module().linear(input, weight, out, torch.get_num_threads())
+    return out
+
+
 def stream_read(tensor: Tensor) -> int:
     """Read a contiguous tensor once, with torch's number of threads, as fast as memory allows.
 
