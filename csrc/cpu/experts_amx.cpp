@@ -158,6 +158,41 @@ void multiply(const TileRows& first, const TileRows& second, int rows, Block blo
   }
 }
 
+// Rows to columns, of 16 by 16 elements of 32 bits.
+MOE_ROUTING_INLINE void transpose(Floats (&rows)[16]) {
+  Floats other[16];
+  for (int i = 0; i < 16; i += 2) {
+    const auto a = reinterpret_cast<__m512>(rows[i]), b = reinterpret_cast<__m512>(rows[i + 1]);
+    other[i] = reinterpret_cast<Floats>(_mm512_unpacklo_ps(a, b));
+    other[i + 1] = reinterpret_cast<Floats>(_mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const auto a = reinterpret_cast<__m512d>(other[i + j]);
+      const auto b = reinterpret_cast<__m512d>(other[i + j + 2]);
+      rows[i + 2 * j] = reinterpret_cast<Floats>(_mm512_unpacklo_pd(a, b));
+      rows[i + 2 * j + 1] = reinterpret_cast<Floats>(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 4; ++j) {
+      const auto a = reinterpret_cast<__m512>(rows[i + j]), b = reinterpret_cast<__m512>(rows[i + j + 4]);
+      other[i + j] = reinterpret_cast<Floats>(_mm512_shuffle_f32x4(a, b, 0x88));
+      other[i + j + 4] = reinterpret_cast<Floats>(_mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+  }
+  for (int j = 0; j < 8; ++j) {
+    const auto a = reinterpret_cast<__m512>(other[j]), b = reinterpret_cast<__m512>(other[j + 8]);
+    rows[j] = reinterpret_cast<Floats>(_mm512_shuffle_f32x4(a, b, 0x88));
+    rows[j + 8] = reinterpret_cast<Floats>(_mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+}
+
+MOE_ROUTING_INLINE void store_lanes(void* to, Floats values, int count) {
+  const __mmask16 lanes = static_cast<__mmask16>((1u << count) - 1u);
+  _mm512_mask_storeu_ps(to, lanes, reinterpret_cast<__m512>(values));
+}
+
 // Elements of a packed token.
 int64_t depth(int64_t size) { return round_up(size, kTileDepth); }
 
@@ -199,17 +234,29 @@ void pack(const Work& work, int64_t block) {
                        static_cast<int32_t>(block - work.first_block[active]) * kBlockTokens;
   const int tokens = tokens_of(work, active, pair);
   const int64_t size = work.input_size;
+  const Bfloat16* from[kBlockTokens];
+  for (int t = 0; t < kBlockTokens; ++t) {
+    const int32_t row = work.rows[pair + (t < tokens ? t : 0)];
+    from[t] = static_cast<const Bfloat16*>(call.hidden_states) + row * call.hidden_stride;
+  }
   Bfloat16* const to = packed(work.inputs, pair, size);
-  for (int t = 0; t < tokens; ++t) {
-    const Bfloat16* const from = static_cast<const Bfloat16*>(call.hidden_states) +
-                                 work.rows[pair + t] * call.hidden_stride;
-    int64_t k = 0;
-    for (; k + 2 <= size; k += 2) {
-      __builtin_memcpy(to + k * tokens + 2 * t, from + k, 2 * sizeof(Bfloat16));
+  int64_t k = 0;
+  if (tokens == 1) {
+    k = size / kTileDepth * kTileDepth;
+    __builtin_memcpy(to, from[0], k * sizeof(Bfloat16));
+  }
+  for (; k + kTileDepth <= size; k += kTileDepth) {
+    Floats columns[kTileRows];
+    for (int t = 0; t < kTileRows; ++t) columns[t] = load<Floats>(from[t] + k);
+    transpose(columns);
+    for (int r = 0; r < kTileRows; ++r) {
+      store_lanes(to + (k + 2 * r) * tokens, columns[r], tokens);
     }
-    for (; k < depth(size); k += 2) {
-      to[k * tokens + 2 * t] = k < size ? from[k] : Bfloat16{};
-      to[k * tokens + 2 * t + 1] = Bfloat16{};
+  }
+  for (; k < depth(size); k += 2) {
+    for (int t = 0; t < tokens; ++t) {
+      to[k * tokens + 2 * t] = k < size ? from[t][k] : Bfloat16{};
+      to[k * tokens + 2 * t + 1] = k + 1 < size ? from[t][k + 1] : Bfloat16{};
     }
   }
 }
@@ -223,12 +270,11 @@ void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t
     const Floats u = load<Floats>(up[r]) + bias_at(call.bias13, expert, at.up + r * at.step);
     return to_bfloat16_bits(activate<activation>(g, u, call.alpha, call.limit));
   };
-  const __mmask16 lanes = static_cast<__mmask16>((1u << tokens) - 1u);
   const bool is_last = column + columns == call.intermediate;
   const int64_t end = is_last ? depth(call.intermediate) - column : kTileRows;
   for (int r = 0; r < end; r += 2) {  // zeros fill the last tile
     const Bits pairs = value(r) | value(r + 1) << 16;
-    _mm512_mask_storeu_epi32(to + (column + r) * tokens, lanes, reinterpret_cast<__m512i>(pairs));
+    store_lanes(to + (column + r) * tokens, reinterpret_cast<Floats>(pairs), tokens);
   }
 }
 
@@ -286,13 +332,13 @@ void add_weighted(const Work& work, int64_t expert, int32_t pair, int tokens, in
                   int columns, const Sums& outputs, float* sums, int64_t width) {
   float bias[kTileRows] = {};
   for (int r = 0; r < columns; ++r) bias[r] = bias_at(work.call->bias2, expert, column + r);
-  const __m512i places = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-      _mm512_set1_epi32(kBlockTokens));
+  Floats columns_of[kBlockTokens];
+  for (int r = 0; r < kTileRows; ++r) columns_of[r] = load<Floats>(outputs[r]);
+  transpose(columns_of);
   for (int t = 0; t < tokens; ++t) {
-    const Floats output = reinterpret_cast<Floats>(_mm512_i32gather_ps(places, &outputs[0][t], 4));
     float* const sum = sums + work.rows[pair + t] * width;
-    store(sum, load<Floats>(sum) + work.weights[pair + t] * (output + load<Floats>(bias)));
+    const Floats output = columns_of[t] + load<Floats>(bias);
+    store(sum, load<Floats>(sum) + work.weights[pair + t] * output);
   }
 }
 
