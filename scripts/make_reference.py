@@ -75,6 +75,7 @@ Ready-made files, in [configs/](../configs):
 | [sere.yaml](../configs/sere.yaml) | `sere`; needs a similarity artifact in `SERE_ARTIFACT` |
 | [mixed.yaml](../configs/mixed.yaml) | several classes of service, one not for clients |
 | [qwen3-30b-a3b.yaml](../configs/qwen3-30b-a3b.yaml) | the two papers' settings for one model |
+| [bench.yaml](../configs/bench.yaml) | what `bench serve` compares unless told otherwise |
 | [schema.json](../configs/schema.json) | JSON schema, for editors that complete and check YAML |
 """
 

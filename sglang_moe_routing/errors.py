@@ -29,3 +29,7 @@ class EngineError(RoutingError, RuntimeError):
 
 class KernelError(RoutingError, RuntimeError):
     """The compiled kernels cannot be built, loaded or used as asked."""
+
+
+class BenchError(RoutingError, ValueError):
+    """A measurement cannot be made as asked, or its results are wrong."""

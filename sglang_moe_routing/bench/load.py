@@ -12,6 +12,7 @@ import httpx
 from openai import AsyncOpenAI
 
 from ..config import DEFAULT_HEADER
+from ..errors import EngineError, RoutingRequestError
 
 TIMEOUT_S = 600.0
 
@@ -98,14 +99,14 @@ class LoadClient:
             base_url=self._url, headers=self._auth, timeout=TIMEOUT_S
         ) as http:
             (await http.post("/flush_cache")).raise_for_status()
-            before = await _read_counts(http)
+            before = await read_counts(http)
             start = time.perf_counter()
             answers = await asyncio.gather(
                 *(self._send(job, max_tokens, temperature) for job in jobs)
             )
             duration = time.perf_counter() - start
-            after = await _read_counts(http)
-        return Load(answers, duration, _active_experts(before, after))
+            after = await read_counts(http)
+        return Load(answers, duration, mean_active_experts(before, after))
 
     async def _send(self, job: Job, max_tokens: int, temperature: float) -> Answer:
         start = time.perf_counter()
@@ -139,20 +140,64 @@ class LoadClient:
         )
 
 
-async def _read_counts(http: httpx.AsyncClient) -> Mapping[str, int] | None:
-    """Counts over all layers and workers; None if the server keeps none."""
+def served_policies(
+    url: str, *, wanted: str | None = None, api_key: str = "none"
+) -> tuple[str, list[str]]:
+    """Name of the policy header of a running server, and policies to send under.
+
+    Args:
+        wanted: names separated by commas; None takes all that clients may choose.
+
+    Raises:
+        EngineError: the server serves no policies.
+        RoutingRequestError: it does not let clients choose one of those wanted.
+        httpx.HTTPError: it refused or failed.
+    """
+    response = httpx.get(
+        f"{url.rstrip('/')}/v1/moe_routing/policies",
+        headers={"Authorization": f"Bearer {api_key}"},
+        timeout=30,
+    )
+    if response.status_code == httpx.codes.NOT_FOUND:
+        raise EngineError(f"the server at {url} serves no MoE routing policies")
+    response.raise_for_status()
+    listing = response.json()
+    known = [policy["id"] for policy in listing["data"] if policy["choosable"]]
+    names = [name.strip() for name in wanted.split(",")] if wanted else known
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise RoutingRequestError(
+            f"policy {unknown[0]!r} is not served; available: {', '.join(known)}"
+        )
+    return listing["header"], names
+
+
+async def read_counts(http: httpx.AsyncClient) -> Mapping[str, int] | None:
+    """Sums over MoE layers and workers since the server's start; None if it keeps none.
+
+    Args:
+        http: client whose base URL is the server's root.
+
+    Returns:
+        The server's own counts, and `layers`, the number of MoE layers.
+    """
     response = await http.get("/v1/moe_routing/statistics")
     if response.status_code == httpx.codes.NOT_FOUND:
         return None
     response.raise_for_status()
-    layers = [layer for worker in response.json()["data"] for layer in worker["layers"] or ()]
-    names = ("calls", "active_experts", "active_experts_base")
-    return {name: sum(layer[name] for layer in layers) for name in names} if layers else None
+    workers = [worker["layers"] or () for worker in response.json()["data"]]
+    layers = [layer for worker in workers for layer in worker]
+    if not layers:
+        return None
+    names = ("calls", "rows", "active_experts", "active_experts_base")
+    sums = {name: sum(layer[name] for layer in layers) for name in names}
+    return sums | {"layers": max(map(len, workers))}
 
 
-def _active_experts(
+def mean_active_experts(
     before: Mapping[str, int] | None, after: Mapping[str, int] | None
 ) -> ActiveExperts | None:
+    """Means between two readings of the counts; None without readings or steps."""
     if before is None or after is None or after["calls"] == before["calls"]:
         return None
     calls = after["calls"] - before["calls"]

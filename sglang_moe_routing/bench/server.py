@@ -33,6 +33,12 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
 
+    def check(self) -> None:
+        """Raises: EngineError with the log's tail if the server has ended."""
+        status = self.process.poll()
+        if status is not None:
+            raise EngineError(f"the server ended with status {status}:\n{_tail(self.log)}")
+
 
 def has_accelerator() -> bool:
     """Whether torch sees a GPU or another accelerator that SGLang can use."""
@@ -192,9 +198,7 @@ def stop_server(process: subprocess.Popen[bytes]) -> None:
 def _wait_until_ready(server: Server, on_wait: Callable[[str], None]) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
-        status = server.process.poll()
-        if status is not None:
-            raise EngineError(f"the server ended with status {status}:\n{_tail(server.log)}")
+        server.check()
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(f"{server.url}/health", timeout=5).status_code == httpx.codes.OK:
                 return

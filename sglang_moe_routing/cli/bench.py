@@ -7,14 +7,13 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from .bench_layer import layer
+from .bench_serve import serve
 from .output import Json, clear_errors, console, print_json
 
 bench = typer.Typer(name="bench", help="Measure parts of the package.", no_args_is_help=True)
-
-
-@bench.callback()
-def _group() -> None:
-    """Keeps `op` a command of its own while it is the only one."""
+bench.command(context_settings={"allow_extra_args": True})(serve)
+bench.command()(layer)
 
 
 @bench.command()

@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from .. import demo as assets
-from ..bench.load import Job, Load, LoadClient
-from .output import Json, console, errors, fail, print_json
+from ..bench.load import Job, Load, LoadClient, served_policies
+from .output import Json, clear_errors, console, errors, fail, print_json
 
 
 def client(
@@ -44,7 +44,8 @@ def client(
     """
     texts = _prompts(prompt, prompts)
     try:
-        header, names = _policies(url, api_key, policies)
+        with clear_errors():
+            header, names = served_policies(url, wanted=policies, api_key=api_key)
         loads = asyncio.run(
             _compare(url, api_key, header, names, texts, concurrency, max_tokens, temperature)
         )
@@ -69,24 +70,6 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
         fail(f"cannot read prompts from {file}: {error}")
     texts = [line for line in lines if line.strip()]
     return texts or fail(f"{file} has no prompts; write one a line")
-
-
-def _policies(url: str, api_key: str, wanted: str | None) -> tuple[str, list[str]]:
-    response = httpx.get(
-        f"{url.rstrip('/')}/v1/moe_routing/policies",
-        headers={"Authorization": f"Bearer {api_key}"},
-        timeout=30,
-    )
-    if response.status_code == httpx.codes.NOT_FOUND:
-        fail(f"the server at {url} serves no MoE routing policies")
-    response.raise_for_status()
-    listing = response.json()
-    known = [policy["id"] for policy in listing["data"] if policy["choosable"]]
-    names = [name.strip() for name in wanted.split(",")] if wanted else known
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        fail(f"policy {unknown[0]!r} is not served; available: {', '.join(known)}")
-    return listing["header"], names
 
 
 async def _compare(

@@ -333,3 +333,49 @@ def test_vanilla_only_server_is_bit_identical_to_one_without_hooks(
         assert httpx.get(f"{plain.url}/v1/moe_routing/policies").status_code == 404
         expected = answers(plain.url)
     assert answers(served.url) == expected
+
+
+def tokens_and_logprobs(response: dict[str, Any]) -> list[tuple[float, int]]:
+    """Log-probability and id of each generated token."""
+    return [(entry[0], entry[1]) for entry in response["meta_info"]["output_token_logprobs"]]
+
+
+def check_company_does_not_matter(running: Running) -> None:
+    """Vanilla requests alone give, bit for bit, what they give beside re-routed ones."""
+    batch = ["vanilla", "oea-k2", "vanilla", "sere-s2", "topk-k3", "vanilla", "oea-k3", "late"] * 2
+    running.http.post("/flush_cache")
+    together = generate_all(running.url, batch, return_logprob=True)
+    assert len({tuple(tokens_and_logprobs(r)) for r in together}) > 4
+    for i, policy in enumerate(batch):
+        if policy != "vanilla" or i % 2:
+            continue
+        running.http.post("/flush_cache")
+        alone = generate_one(running.url, i, return_logprob=True)
+        assert tokens_and_logprobs(alone) == tokens_and_logprobs(together[i])
+
+
+def generate_one(url: str, number: int, **extra: Any) -> dict[str, Any]:
+    """The request that `generate_all` sends as number `number`, under vanilla and by itself."""
+    prompts = demo.read_prompts()
+    response = httpx.post(
+        f"{url}/generate",
+        json={
+            "text": prompts[number % len(prompts)],
+            "sampling_params": {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True},
+            **extra,
+        },
+        headers={HEADER: "vanilla"},
+        timeout=300,
+    )
+    response.raise_for_status()
+    result: dict[str, Any] = response.json()
+    return result
+
+
+def test_a_vanilla_request_gives_the_same_text_whoever_shares_its_batch(served: Running) -> None:
+    check_company_does_not_matter(served)
+
+
+def test_the_same_holds_in_bfloat16(start: Callable[..., Any], config: Path) -> None:
+    with start(config, "--dtype", "bfloat16") as running:
+        check_company_does_not_matter(running)

@@ -30,7 +30,7 @@ def problem(tmp_path: Path, text: str) -> str:
 
 def test_ready_made_configs_are_the_announced_ones() -> None:
     names = {path.stem for path in READY_MADE}
-    assert names == {"default", "oea", "sere", "mixed", "qwen3-30b-a3b"}
+    assert names == {"default", "oea", "sere", "mixed", "qwen3-30b-a3b", "bench"}
 
 
 @pytest.mark.parametrize("path", READY_MADE, ids=lambda path: path.stem)
