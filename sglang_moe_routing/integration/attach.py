@@ -20,6 +20,7 @@ from ..errors import ArtifactError, EngineError, KernelError, PolicyError
 from ..kernels import CHOICE, REFERENCE, Implementation, choose, compile_table, unsupported
 from ..policies import Router, build_table
 from . import environment
+from .cpu_platform.experts import RUNNER
 from .runtime import LAYER, Layer, Runtime
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
         setattr(topk.topk_config, LAYER, layer)
         layers.append(layer)
     runtime.kernels = _describe_kernels(implementation, layers)
+    runtime.experts = _describe_experts(routers)
     logger.info("MoE re-routing by %s", runtime.kernels)
     runtime.attach(layers, device, _max_rows(server_args, model_runner))
 
@@ -116,6 +118,11 @@ def _describe_kernels(implementation: Implementation, layers: Sequence[Layer]) -
         return f"{REFERENCE}: {implementation.reason}"
     layer = next(layer for layer in layers if layer.kernel_table is None)
     return f"{REFERENCE}: {_unsupported(layer)}"
+
+
+def _describe_experts(routers: Mapping[int, tuple[TopK, FusedMoE]]) -> str:
+    runners = {getattr(experts, RUNNER, None) for _, experts in routers.values()}
+    return ", ".join(sorted(runner.name if runner else "sglang" for runner in runners))
 
 
 def _unsupported(layer: Layer) -> str:

@@ -23,6 +23,7 @@ def install() -> None:
     hooking.check_version()
     hooks: list[Hook] = []
     if os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
+        experts.read_choice()
         hooks += [sharding.HOOK, experts.HOOK]
     if os.environ.get(environment.CONFIG):
         hooks += _start_routing()

@@ -77,6 +77,7 @@ class Runtime:
     artifacts: Mapping[str, SimilarityArtifact] = field(default_factory=dict)
     layers: Sequence[Layer] = ()
     kernels: str = ""
+    experts: str = "sglang"
     policy_ids: Tensor | None = None
     workspace: Tensor | None = None
     statistics: Statistics | None = None

@@ -167,6 +167,24 @@ def test_kernels_that_cannot_be_built_stop_the_server(tmp_path: Path) -> None:
     assert "this compiler is broken" in message
 
 
+def test_unknown_runner_of_the_experts_stops_the_server(tmp_path: Path) -> None:
+    status, output = failed_start(tmp_path, GOOD, SGLANG_MOE_ROUTING_CPU_EXPERTS="fast")
+    assert status == 78
+    assert "'fast' is not one of auto, native, torch" in own_message(output)
+
+
+def test_compiled_experts_that_cannot_be_had_stop_the_server(tmp_path: Path) -> None:
+    status, output = failed_start(
+        tmp_path,
+        GOOD,
+        SGLANG_MOE_ROUTING_KERNELS="torch",
+        SGLANG_MOE_ROUTING_CPU_EXPERTS="native",
+    )
+    assert status == 78
+    message = own_message(output)
+    assert "CPU_EXPERTS=native, but SGLANG_MOE_ROUTING_KERNELS=torch" in message
+
+
 def test_dense_model_stops_the_server(tmp_path: Path) -> None:
     import shutil
 

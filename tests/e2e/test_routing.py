@@ -135,7 +135,9 @@ def test_statistics_equal_what_was_recorded(served: Running) -> None:
 
 
 def test_compiled_kernels_serve(served: Running) -> None:
-    assert read_statistics(served)["kernels"].startswith("cpu ")
+    statistics = read_statistics(served)
+    assert statistics["kernels"].startswith("cpu ")
+    assert statistics["experts"] == statistics["kernels"]
 
 
 def test_the_torch_reference_serves_where_it_is_asked_for(
@@ -144,6 +146,7 @@ def test_the_torch_reference_serves_where_it_is_asked_for(
     """The same promises without compiled kernels."""
     with start(config, SGLANG_MOE_ROUTING_KERNELS="torch") as running:
         assert read_statistics(running)["kernels"].startswith("torch reference: ")
+        assert read_statistics(running)["experts"] == "torch"
         calls = running.record(lambda: generate_all(running.url, POLICIES * 3))
         assert set(check_all(calls, similarity)) == set(POLICIES)
         check_statistics(running)

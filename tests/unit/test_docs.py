@@ -218,7 +218,7 @@ def test_configuration_page_is_fresh() -> None:
 
 def test_configuration_page_names_every_variable() -> None:
     names = {environment.CONFIG, environment.CONFIG_SHA256}
-    names |= {environment.RECORD, environment.EMULATE_GRAPHS}
+    names |= {environment.RECORD, environment.EMULATE_GRAPHS, environment.CPU_EXPERTS}
     names |= {native.CHOICE, native.CACHE, native.INSTRUCTION_SET}
     assert names <= first_cells(section(read("configuration.md"), "## Environment variables"))
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +58,7 @@ def choose_runner(config: Any, dtype: torch.dtype) -> Runner:
     problem = _unsupported(config)
     if problem:
         raise EngineError(f"experts with {problem} are not supported on the portable CPU platform")
-    choice = os.environ.get(environment.CPU_EXPERTS, "auto")
-    if choice not in ("auto", "native", "torch"):
-        raise EngineError(f"{environment.CPU_EXPERTS}={choice!r} is not one of auto, native, torch")
+    choice = read_choice()
     if choice == "torch":
         return _announce(TORCH, f"{environment.CPU_EXPERTS}=torch")
     implementation = choose("cpu")
@@ -70,6 +68,14 @@ def choose_runner(config: Any, dtype: torch.dtype) -> Runner:
     if reason:
         return _announce(TORCH, reason)
     return _announce(Runner(implementation.name, _run_native), "")
+
+
+def read_choice() -> str:
+    """``auto``, ``native`` or ``torch``. Raises `EngineError` for anything else."""
+    choice = os.environ.get(environment.CPU_EXPERTS, "auto")
+    if choice not in ("auto", "native", "torch"):
+        raise EngineError(f"{environment.CPU_EXPERTS}={choice!r} is not one of auto, native, torch")
+    return choice
 
 
 @cache

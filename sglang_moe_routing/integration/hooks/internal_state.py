@@ -19,6 +19,7 @@ def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     result.internal_state[KEY] = {
         "config_sha256": state.loaded.sha256,
         "kernels": state.kernels,
+        "experts": state.experts,
         "layers": layers,
     }
 
