@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kKept = 32 << 20;  // bytes of scratch memory that a thread keeps between calls
-constexpr int64_t kBytesPerThread = 128 << 10;  // below this, waking a thread costs more
+constexpr int64_t kBytesPerThread = 512 << 10;  // below this, waking a thread costs more
+constexpr int64_t kSerialPackBytes = 128 << 10;  // up to this, so does waiting for all
 constexpr int64_t kGateUpBytes = 256 << 10;     // weights of one gate-and-up task
 constexpr int64_t kTasksPerThread = 32;
 
@@ -208,16 +209,27 @@ void take_tasks(std::atomic<int64_t>& next, int64_t count, MakeTask&& make, Run&
 void run_on_threads(const ExpertsKernel& kernel, const Work& work, const Split& split,
                     int num_threads) {
   const ExpertsCall& call = *work.call;
+  const int64_t num_packs = kernel.num_packs(work);
   std::atomic<int64_t> packs{0}, gate_ups{0}, downs{0};
+  const auto pack_all = [&] {
+    for (int64_t at = packs++; at < num_packs; at = packs++) kernel.pack(work, at);
+  };
+  const bool packs_alone = kernel.input_bytes(work) <= kSerialPackBytes;
+  if (packs_alone) pack_all();
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
-    for (int64_t at = packs++; at < kernel.num_packs(work); at = packs++) kernel.pack(work, at);
+    if (!packs_alone) {
+      pack_all();
 #pragma omp barrier
+    }
+    const int64_t num_gate_ups = split.gate_up_per_expert * work.num_active;
     take_tasks(
-        gate_ups, split.gate_up_per_expert * work.num_active,
+        gate_ups, num_gate_ups,
         [&](int64_t at) { return split.gate_up_task(at, call.intermediate); },
         [&](Task task, const Task* next) { kernel.gate_up(work, task, next); });
+    if (num_gate_ups > 0) {
 #pragma omp barrier
+    }
     float* const sums = work.sums + thread_number() * call.num_rows * split.down_width;
     take_tasks(
         downs, split.num_down, [&](int64_t at) { return split.down_task(at, call.hidden); },

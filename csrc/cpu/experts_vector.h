@@ -76,13 +76,39 @@ struct WideningDot {
   }
 };
 
-MOE_ROUTING_INLINE float add_up(Floats v) {
-  float parts[kLanes];
-  store(parts, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+// Both vectors hold groups of 2 * width partial sums. Adds the halves of each group; the groups of `a`
+// come first in the result, then those of `b`.
+template <int width>
+MOE_ROUTING_INLINE Floats fold(Floats a, Floats b) {
+  Ints first;
+  for (int i = 0; i < kLanes; ++i) {
+    const int in_vector = i % (kLanes / 2);
+    first[i] = i / (kLanes / 2) * kLanes + in_vector / width * 2 * width + in_vector % width;
   }
-  return parts[0];
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + width);
+}
+
+template <int width>
+MOE_ROUTING_INLINE Floats fold_rest(Floats v) {
+  if constexpr (width == 0) {
+    return v;
+  } else {
+    return fold_rest<width / 2>(fold<width>(v, v));
+  }
+}
+
+// The sum of each vector, added up in one order whatever their number.
+template <int rows>
+MOE_ROUTING_INLINE void add_up(const Floats (&sums)[rows], float* out) {
+  static_assert(rows == 1 || rows == 2 || rows == 4);
+  Floats folded;
+  if constexpr (rows == 4) {
+    folded = fold<kLanes / 4>(fold<kLanes / 2>(sums[0], sums[1]), fold<kLanes / 2>(sums[2], sums[3]));
+    folded = fold_rest<kLanes / 8>(folded);
+  } else {
+    folded = fold_rest<kLanes / 4>(fold<kLanes / 2>(sums[0], sums[rows - 1]));
+  }
+  for (int r = 0; r < rows; ++r) out[r] = folded[r];
 }
 
 template <class Dot>
@@ -295,9 +321,7 @@ class VectorExperts {
       for (int i = 0; i < rows; ++i) at[i] = rest[i];
       Dot::template step<rows, tokens>(sums, at, inputs, 0, whole);
     }
-    for (int t = 0; t < tokens; ++t) {
-      for (int i = 0; i < rows; ++i) out[t][r + i] = add_up(sums[t][i]);
-    }
+    for (int t = 0; t < tokens; ++t) add_up(sums[t], &out[t][r]);
   }
 };
 
