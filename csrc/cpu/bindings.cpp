@@ -15,9 +15,9 @@ using bindings::TensorView;
 void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView> bias,
              Optional<TensorView> topk_ids, Optional<TensorView> topk_weights,
              TensorView policy_ids, TensorView policies, TensorView similarity, TensorView out_ids,
-             TensorView out_weights, TensorView out_union, Optional<TensorView> statistics, Optional<TensorView> /* workspace */,
-             int64_t scoring, int64_t num_groups, int64_t top_groups, bool renormalize,
-             double scale) {
+             TensorView out_weights, TensorView out_union, Optional<TensorView> statistics,
+             Optional<TensorView> /* workspace */, int64_t scoring, int64_t num_groups,
+             int64_t top_groups, bool renormalize, double scale) {
   route(bindings::make_call(scores, gates, bias, topk_ids, topk_weights, policy_ids,
                             policies, similarity, out_ids, out_weights, out_union, statistics,
                             scoring, num_groups, top_groups, renormalize, scale));
@@ -109,7 +109,8 @@ void linear(TensorView input, TensorView weight, TensorView out, int64_t num_thr
   call.in_features = input.size(1);
   call.out_features = weight.size(0);
   call.is_bfloat16 = bindings::is(input, kDLBfloat, 16);
-  const auto check_matrix = [&](TensorView tensor, const char* name, int64_t rows, int64_t columns) {
+  const auto check_matrix = [&](TensorView tensor, const char* name, int64_t rows,
+                                int64_t columns) {
     bindings::check_shape(tensor, name, {rows, columns});
     bindings::check(tensor.device().device_type == kDLCPU, name, "host memory");
     bindings::check(call.is_bfloat16 ? bindings::is(tensor, kDLBfloat, 16)

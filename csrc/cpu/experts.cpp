@@ -267,7 +267,8 @@ void run_experts(const ExpertsCall& call) {
   const int64_t input_bytes = round_up(kernel.input_bytes(work), kAlignment);
   const int64_t activated_bytes = round_up(kernel.activated_bytes(work), kAlignment);
   Scratch& scratch = scratch_of_thread();
-  work.inputs = scratch.reserve(input_bytes + activated_bytes + sums_bytes(call, split, num_threads));
+  work.inputs =
+      scratch.reserve(input_bytes + activated_bytes + sums_bytes(call, split, num_threads));
   work.activated = work.inputs + input_bytes;
   work.sums = reinterpret_cast<float*>(work.activated + activated_bytes);
   run_on_threads(kernel, work, split, num_threads);

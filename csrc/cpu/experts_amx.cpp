@@ -12,7 +12,7 @@
 // The experts by matrix tiles (Intel AMX): 16 weight rows times up to 16 tokens.
 //
 // A tile of weights is read where it lies, 16 rows of 32 neighbouring elements. The other operand,
-// the inputs of up to 16 tokens of one expert (a block), is packed in pairs: element [k / 2][t][k % 2].
+// the inputs of up to 16 tokens of one expert (a block), is packed in pairs: [k / 2][t][k % 2].
 // A column of a tile product depends on that token alone.
 namespace moe_routing::cpu::amx {
 namespace {
@@ -28,12 +28,18 @@ enum { kSum00, kSum01, kSum10, kSum11, kWeights0, kWeights1, kInputs0, kInputs1 
 // Instead of GCC's intrinsics, which take only digits and hide from the compiler what they read.
 template <int tile>
 MOE_ROUTING_INLINE void load_tile(const void* from, int64_t row_bytes) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(tile) : "memory");
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2"
+                   :
+                   : "r"(from), "r"(row_bytes), "i"(tile)
+                   : "memory");
 }
 template <int tile>
 MOE_ROUTING_INLINE void store_tile(Sums& to) {
   const int64_t row_bytes = sizeof to[0];
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(row_bytes), "i"(tile) : "memory");
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)"
+                   :
+                   : "r"(to), "r"(row_bytes), "i"(tile)
+                   : "memory");
 }
 template <int tile>
 MOE_ROUTING_INLINE void zero_tile() {
@@ -41,7 +47,9 @@ MOE_ROUTING_INLINE void zero_tile() {
 }
 template <int sum, int weights, int inputs>
 MOE_ROUTING_INLINE void multiply_tiles() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(weights), "i"(inputs));
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0"
+                   :
+                   : "i"(sum), "i"(weights), "i"(inputs));
 }
 
 struct alignas(64) TileShapes {
@@ -176,7 +184,8 @@ MOE_ROUTING_INLINE void transpose(Floats (&rows)[16]) {
   }
   for (int i = 0; i < 16; i += 8) {
     for (int j = 0; j < 4; ++j) {
-      const auto a = reinterpret_cast<__m512>(rows[i + j]), b = reinterpret_cast<__m512>(rows[i + j + 4]);
+      const auto a = reinterpret_cast<__m512>(rows[i + j]);
+      const auto b = reinterpret_cast<__m512>(rows[i + j + 4]);
       other[i + j] = reinterpret_cast<Floats>(_mm512_shuffle_f32x4(a, b, 0x88));
       other[i + j + 4] = reinterpret_cast<Floats>(_mm512_shuffle_f32x4(a, b, 0xdd));
     }
@@ -262,8 +271,8 @@ void pack(const Work& work, int64_t block) {
 }
 
 template <Activation activation>
-void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t column, int columns,
-                     const Sums& gate, const Sums& up, Bfloat16* to, int tokens) {
+void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t column,
+                     int columns, const Sums& gate, const Sums& up, Bfloat16* to, int tokens) {
   const auto value = [&](int r) __attribute__((always_inline)) {
     if (r >= columns) return Bits{};
     const Floats g = load<Floats>(gate[r]) + bias_at(call.bias13, expert, at.gate + r * at.step);
@@ -278,8 +287,8 @@ void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t
   }
 }
 
-void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t column, int columns,
-                     const Sums& gate, const Sums& up, Bfloat16* to, int tokens) {
+void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t column,
+                     int columns, const Sums& gate, const Sums& up, Bfloat16* to, int tokens) {
   switch (call.activation) {
     case Activation::silu:
       return store_activated<Activation::silu>(call, expert, at, column, columns, gate, up, to,

@@ -2,7 +2,8 @@
 #include <immintrin.h>
 
 // Standard headers stay above: their inline functions are shared with code for older processors.
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx512bf16,avx2,fma,bmi,bmi2,popcnt")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,popcnt")
+#pragma GCC target("avx512bf16")
 #pragma GCC target("prefer-vector-width=512")
 #define MOE_ROUTING_ISA avx512_bf16
 #define MOE_ROUTING_LANES 16

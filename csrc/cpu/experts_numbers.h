@@ -132,7 +132,8 @@ MOE_ROUTING_INLINE void prefetch_gate_up(const Work& work, int32_t active, int64
   const GateUp at = GateUp::at(call, column);
   const T* const weights = matrix<T>(call.w13, work.experts[active]);
   const T* const gate = weights + at.gate * call.w13.row_stride;
-  const T* const up = weights + (call.is_interleaved ? at.gate + columns : at.up) * call.w13.row_stride;
+  const int64_t second = call.is_interleaved ? at.gate + columns : at.up;
+  const T* const up = weights + second * call.w13.row_stride;
   prefetcher.start(gate, up, columns * call.w13.row_stride * sizeof(T));
 }
 

@@ -1,8 +1,8 @@
 // The experts by dot products of vectors.
 //
-// Compiled once for each instruction set; see experts_numbers.h. A weight row is read where it lies,
-// along the dimension that is summed. Every dot product keeps one vector of partial sums and adds it
-// up in the same order, however many rows and tokens are worked on at a time.
+// Compiled once for each instruction set; see experts_numbers.h. A weight row is read where it
+// lies, along the dimension that is summed. Every dot product keeps one vector of partial sums and
+// adds it up in the same order, however many rows and tokens are worked on at a time.
 #pragma once
 #include "experts_numbers.h"
 
@@ -76,8 +76,8 @@ struct WideningDot {
   }
 };
 
-// Both vectors hold groups of 2 * width partial sums. Adds the halves of each group; the groups of `a`
-// come first in the result, then those of `b`.
+// Both vectors hold groups of 2 * width partial sums. Adds the halves of each group; the groups of
+// `a` come first in the result, then those of `b`.
 template <int width>
 MOE_ROUTING_INLINE Floats fold(Floats a, Floats b) {
   Ints first;
@@ -103,8 +103,9 @@ MOE_ROUTING_INLINE void add_up(const Floats (&sums)[rows], float* out) {
   static_assert(rows == 1 || rows == 2 || rows == 4);
   Floats folded;
   if constexpr (rows == 4) {
-    folded = fold<kLanes / 4>(fold<kLanes / 2>(sums[0], sums[1]), fold<kLanes / 2>(sums[2], sums[3]));
-    folded = fold_rest<kLanes / 8>(folded);
+    const Floats first = fold<kLanes / 2>(sums[0], sums[1]);
+    const Floats second = fold<kLanes / 2>(sums[2], sums[3]);
+    folded = fold_rest<kLanes / 8>(fold<kLanes / 4>(first, second));
   } else {
     folded = fold_rest<kLanes / 4>(fold<kLanes / 2>(sums[0], sums[rows - 1]));
   }
@@ -274,10 +275,12 @@ class VectorExperts {
                        Prefetcher& prefetcher) {
     int r = 0;
     for (; r + kStepRows <= rows; r += kStepRows) {
-      multiply_rows<kStepRows>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r, prefetcher);
+      multiply_rows<kStepRows>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r,
+                               prefetcher);
     }
     for (; r < rows; ++r) {
-      multiply_rows<1>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r, prefetcher);
+      multiply_rows<1>(weights + r * row_stride, row_stride, inputs, tokens, size, out, r,
+                       prefetcher);
     }
   }
 

@@ -1,4 +1,4 @@
-"""Compile C++ programs against the simulator in csrc/simt and run them."""
+"""Compile C++ programs, most against the simulator in csrc/simt, and run them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Flavour = Literal["plain", "asan", "tsan"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
@@ -113,6 +114,42 @@ def build(
     return _compile(flags, inputs, [*sources, *_files(csrc)], f"{sources[0].stem}-{flavour}")
 
 
+class Source(NamedTuple):
+    """A C++ file of a program without the simulator."""
+
+    path: Path
+    flags: tuple[str, ...]
+    csrc: Path = CSRC
+    """Where it takes headers from: a changed copy of csrc for a planted bug."""
+
+
+def build_program(
+    sources: Sequence[Source], link_flags: Sequence[str], name: str, *, compiler: str | None = None
+) -> Path:
+    """Compile each source to an object, several at a time, and link; keep what is there already.
+
+    Args:
+        link_flags: such as -fopenmp.
+        name: of the program; for reading the cache's folder only.
+        compiler: instead of $CXX or g++.
+
+    Raises:
+        BuildError: if a source does not compile without warnings, or symbols are missing.
+    """
+
+    def build_object(source: Source) -> Path:
+        headers = [*source.csrc.glob("cpu/*.h"), *source.csrc.glob("include/**/*.h")]
+        flags = [*source.flags, f"-I{source.csrc}", f"-I{source.csrc / 'include'}"]
+        contents = [source.path, *sorted(headers)]
+        return _compile(
+            flags, ["-c", str(source.path)], contents, f"{source.path.stem}.o", compiler
+        )
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [str(path) for path in pool.map(build_object, sources)]
+    return _compile(link_flags, objects, [], name, compiler)  # objects are named by their contents
+
+
 def run(
     program: Path, *args: str, seed: int = 0, timeout: float = 60.0
 ) -> subprocess.CompletedProcess[str]:
@@ -155,11 +192,16 @@ def _simulator(flavour: Flavour, flags: Sequence[str]) -> Path:
 
 
 def _compile(
-    flags: Sequence[str], inputs: Sequence[str], contents: Iterable[Path], name: str
+    flags: Sequence[str],
+    inputs: Sequence[str],
+    contents: Iterable[Path],
+    name: str,
+    compiler: str | None = None,
 ) -> Path:
     """Run the compiler, unless it has run with the same flags on the same contents."""
-    command = [_compiler(), *flags, *inputs]
-    key = hashlib.sha256("\0".join([_compiler_version(), *command]).encode())
+    compiler = compiler or _compiler()
+    command = [compiler, *flags, *inputs]
+    key = hashlib.sha256("\0".join([_version_of(compiler), *command]).encode())
     for path in contents:
         key.update(f"\0{path}\0".encode())
         key.update(path.read_bytes())
@@ -195,7 +237,7 @@ def _compiler() -> str:
 
 
 @cache
-def _compiler_version() -> str:
+def _version_of(compiler: str) -> str:
     return subprocess.run(
-        [_compiler(), "--version"], capture_output=True, text=True, check=True
+        [compiler, "--version"], capture_output=True, text=True, check=True
     ).stdout
