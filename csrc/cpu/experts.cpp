@@ -255,6 +255,7 @@ Scratch& scratch_of_thread() {
 }  // namespace
 
 void run_experts(const ExpertsCall& call) {
+  if (call.num_rows == 0) return;
   const Plan plan(call);
   Work work = plan.work();
   const int64_t weight_bytes =
@@ -277,6 +278,7 @@ void run_experts(const ExpertsCall& call) {
 
 // One expert that every row uses, and of it only the down projection.
 void run_linear(const LinearCall& linear) {
+  if (linear.num_rows == 0) return;
   ExpertsCall call;
   call.num_rows = linear.num_rows;
   call.num_experts = 1;
@@ -297,7 +299,7 @@ void run_linear(const LinearCall& linear) {
   Work work{};
   work.call = &call;
   work.input_size = linear.in_features;
-  work.num_active = linear.num_rows > 0 ? 1 : 0;
+  work.num_active = 1;
   work.num_pairs = linear.num_rows;
   work.num_blocks = first_block[1];
   work.experts = &expert;
