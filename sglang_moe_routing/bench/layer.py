@@ -117,7 +117,8 @@ class Case:
     """One implementation at one T.
 
     `median_ms`, `q1_ms`, `q3_ms` are over rounds. `gb_s` is the weight bytes of T experts over the
-    median, in 1e9 bytes per second; `stream_fraction` its share of the streaming-read rate.
+    median, in 1e9 bytes per second; `stream_fraction` its share of `stream_gb_s`, the median rate
+    of the streaming reads that were made beside the same calls.
     """
 
     shape: str
@@ -129,6 +130,7 @@ class Case:
     q1_ms: float
     q3_ms: float
     gb_s: float
+    stream_gb_s: float
     stream_fraction: float
 
 
@@ -139,7 +141,8 @@ class Measurement:
     rows: int
     dtype: str
     threads: int
-    stream_gb_s: list[float] = field(default_factory=list)
+    stream_gb_s: dict[tuple[str, int], list[float]] = field(default_factory=dict)
+    """(shape, T) -> one rate per round."""
     ms: dict[tuple[str, str, int], list[float]] = field(default_factory=dict)
     """(shape, impl, T) -> one time per round."""
     variants: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -321,7 +324,7 @@ def _measure(
         for count in rng.sample(counts, len(counts)):
             rate = workers["stream"].ask("stream")["gb_s"]
             if number >= 0:
-                measurement.stream_gb_s.append(rate)
+                measurement.stream_gb_s.setdefault((name, count), []).append(rate)
             routing = draw_routing(rng, shape, layer.rows, count)
             for impl in rng.sample(impls, len(impls)):
                 elapsed = workers[impl].ask("run", **asdict(routing))["ms"]
@@ -332,8 +335,8 @@ def _measure(
 
 def summary(measurement: Measurement) -> dict[str, Any]:
     """The JSON form of a measurement."""
-    stream = statistics.median(measurement.stream_gb_s)
-    cases = list(_cases(measurement, stream))
+    streams = [rate for rates in measurement.stream_gb_s.values() for rate in rates]
+    cases = list(_cases(measurement))
     fits: dict[str, dict[str, Any]] = {}
     for name, impl in measurement.variants:
         points = {
@@ -347,8 +350,9 @@ def summary(measurement: Measurement) -> dict[str, Any]:
     for (name, impl), error in measurement.relative_errors.items():
         errors.setdefault(name, {})[impl] = float(f"{error:.2g}")
     return {
-        "stream_gb_s": round(stream, 2),
-        "stream_quartiles_gb_s": [round(rate, 2) for rate in _quartiles(measurement.stream_gb_s)],
+        "stream_gb_s": round(statistics.median(streams), 2),
+        "stream_quartiles_gb_s": [round(rate, 2) for rate in _quartiles(streams)],
+        "shape_stream_gb_s": {name: round(_shape_stream(measurement, name), 2) for name in fits},
         "rounds": min(len(times) for times in measurement.ms.values()),
         "threads": measurement.threads,
         "dtype": measurement.dtype,
@@ -360,7 +364,12 @@ def summary(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def _cases(measurement: Measurement, stream: float) -> Iterator[Case]:
+def _shape_stream(measurement: Measurement, name: str) -> float:
+    rates = measurement.stream_gb_s.items()
+    return statistics.median(rate for (shape, _), found in rates if shape == name for rate in found)
+
+
+def _cases(measurement: Measurement) -> Iterator[Case]:
     order = list(measurement.variants)
     for (name, impl, count), times in sorted(
         measurement.ms.items(), key=lambda item: (order.index(item[0][:2]), item[0][2])
@@ -368,6 +377,7 @@ def _cases(measurement: Measurement, stream: float) -> Iterator[Case]:
         median = statistics.median(times)
         low, high = _quartiles(times)
         rate = count * SHAPES[name].expert_bytes(measurement.dtype) / median / 1e6
+        stream = statistics.median(measurement.stream_gb_s[name, count])
         yield Case(
             shape=name,
             impl=impl,
@@ -378,6 +388,7 @@ def _cases(measurement: Measurement, stream: float) -> Iterator[Case]:
             q1_ms=round(low, 4),
             q3_ms=round(high, 4),
             gb_s=round(rate, 2),
+            stream_gb_s=round(stream, 2),
             stream_fraction=round(rate / stream, 3),
         )
 

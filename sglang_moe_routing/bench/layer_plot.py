@@ -63,8 +63,9 @@ def _draw_shape(panel: Any, shape: str, summary: Mapping[str, Any]) -> None:
             line = [fit["fixed_ms"] + fit["per_expert_ms"] * count for count in counts]
             panel.plot(counts, line, color=f"C{number}", linewidth=0.8)
     most = max(case["active_experts"] for case in cases)
-    limit_ms = most * summary["expert_bytes"][shape] / summary["stream_gb_s"] / 1e6
-    label = f"weights at {summary['stream_gb_s']} GB/s"
+    stream = summary["shape_stream_gb_s"][shape]
+    limit_ms = most * summary["expert_bytes"][shape] / stream / 1e6
+    label = f"weights at {stream} GB/s"
     panel.plot([0, most], [0, limit_ms], "k--", linewidth=1, label=label)
     panel.set(title=shape, xlabel="active experts T", ylabel="ms per layer", xlim=0, ylim=0)
     panel.grid(alpha=0.3)

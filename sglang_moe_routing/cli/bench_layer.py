@@ -89,7 +89,8 @@ def _times(shape: str, found: Mapping[str, Any]) -> Table:
         for case in found["cases"]
         if case["shape"] == shape
     }
-    table = Table("T", *impls, title=f"{shape}: ms (share of {found['stream_gb_s']} GB/s)")
+    stream = found["shape_stream_gb_s"][shape]
+    table = Table("T", *impls, title=f"{shape}: ms (share of {stream} GB/s)")
     for count in sorted({count for count, _ in cases}):
         row = [cases[count, impl] for impl in impls]
         cells = (f"{case['median_ms']:.2f} ({case['stream_fraction']:.0%})" for case in row)
@@ -100,7 +101,7 @@ def _times(shape: str, found: Mapping[str, Any]) -> Table:
 def _fits(found: Mapping[str, Any]) -> Table:
     table = Table("shape", "implementation", "fixed ms", "ms per expert", "limit", "R²")
     for shape, fits in found["fit"].items():
-        limit = found["expert_bytes"][shape] / found["stream_gb_s"] / 1e6
+        limit = found["expert_bytes"][shape] / found["shape_stream_gb_s"][shape] / 1e6
         for impl, fit in fits.items():
             if fit is not None:
                 numbers = (fit["fixed_ms"], fit["per_expert_ms"], limit)

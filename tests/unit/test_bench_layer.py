@@ -73,7 +73,8 @@ def test_r2_is_the_explained_share_of_the_variance() -> None:
 
 
 def measurement() -> Measurement:
-    made = Measurement(rows=16, dtype="bfloat16", threads=2, stream_gb_s=[9.0, 10.0, 11.0])
+    made = Measurement(rows=16, dtype="bfloat16", threads=2)
+    made.stream_gb_s = {("demo", 8): [18.0, 20.0, 22.0], ("demo", 16): [9.0, 10.0, 11.0]}
     for impl, factor in (("ours", 1), ("native", 2)):
         made.variants["demo", impl] = "silu"
         made.relative_errors["demo", impl] = 0.00234
@@ -86,14 +87,15 @@ def measurement() -> Measurement:
 
 def test_summary_has_rates_fractions_quartiles_and_fits() -> None:
     found = layer.summary(measurement())
-    assert found["stream_gb_s"] == 10.0
-    assert found["stream_quartiles_gb_s"] == [9.5, 10.5]
+    assert found["stream_gb_s"] == found["shape_stream_gb_s"]["demo"] == 14.5
+    assert found["stream_quartiles_gb_s"] == [10.25, 19.5]
     assert [(case["impl"], case["active_experts"]) for case in found["cases"]] == [
         ("ours", 8),
         ("ours", 16),
         ("native", 8),
         ("native", 16),
     ]
+    assert found["cases"][0]["stream_fraction"] == 0.5
     case = found["cases"][1]
     assert (case["gb_s"], case["stream_fraction"]) == (10.0, 1.0)
     assert case["q1_ms"] < case["median_ms"] < case["q3_ms"]
