@@ -26,6 +26,7 @@ import math
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Layer:
         return sizes
 
 
-class Backend:
+class Backend(ABC):
     """An implementation: `load` once, then calls."""
 
     packages: tuple[str, ...] = ()
@@ -84,20 +85,21 @@ class Backend:
     def versions(self) -> dict[str, str]:
         return {name: importlib.metadata.version(name) for name in self.packages}
 
+    @abstractmethod
     def load(self, layer: Layer) -> str:
         """Take a layer; returns which variant of its arithmetic will run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set(self, ids: list[list[int]], weights: list[list[float]]) -> None:
         """Choose the experts of the next call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self) -> None:
         """The call that is timed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def output(self) -> list[float]:
-        raise NotImplementedError
+        """What the last call returned, row after row."""
 
 
 class TorchBackend(Backend):
@@ -126,9 +128,9 @@ class TorchBackend(Backend):
         mapped = self.torch.from_file(str(file), shared=False, size=count, dtype=kind)
         return mapped.clone().view(size)
 
+    @abstractmethod
     def _prepare(self, layer: Layer, tensors: dict[str, Any]) -> str:
         """Set `_call`; may empty `tensors`. Returns the variant."""
-        raise NotImplementedError
 
     def set(self, ids: list[list[int]], weights: list[list[float]]) -> None:
         self._ids = self.torch.tensor(ids, dtype=self.torch.int32)
@@ -142,13 +144,17 @@ class TorchBackend(Backend):
         return found
 
 
-class Stream(TorchBackend):
+class Stream:
     """No layer: the speed at which memory can be read."""
 
     def __init__(self, threads: int) -> None:
-        super().__init__(threads)
+        torch: Any = importlib.import_module("torch")
+        torch.set_num_threads(threads)
         self._experts = importlib.import_module("sglang_moe_routing.kernels.experts")
-        self._buffer = self.torch.ones(STREAM_BYTES // 4, dtype=self.torch.int32)
+        self._buffer = torch.ones(STREAM_BYTES // 4, dtype=torch.int32)
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": importlib.metadata.version("torch")}
 
     def stream(self) -> float:
         start = time.perf_counter()
@@ -432,7 +438,7 @@ def _size(array: Any) -> ctypes.c_size_t:
     return ctypes.c_size_t(array.nbytes)
 
 
-BACKENDS: dict[str, type[Backend]] = {
+BACKENDS: dict[str, type[Backend] | type[Stream]] = {
     "stream": Stream,
     "ours": Ours,
     "native": Native,

@@ -66,7 +66,7 @@ def choose_runner(config: Any, dtype: torch.dtype) -> Runner:
     if reason and choice == "native":
         raise KernelError(f"{environment.CPU_EXPERTS}=native, but {reason}")
     if reason:
-        return _announce(TORCH, reason)
+        return _announce(TORCH, reason, logging.WARNING)
     return _announce(Runner(implementation.name, _run_native), "")
 
 
@@ -79,9 +79,9 @@ def read_choice() -> str:
 
 
 @cache
-def _announce(runner: Runner, reason: str) -> Runner:
+def _announce(runner: Runner, reason: str, level: int = logging.INFO) -> Runner:
     """Says once in the log what runs and why."""
-    logger.info("experts run by %s%s", runner.name, f" ({reason})" if reason else "")
+    logger.log(level, "experts run by %s%s", runner.name, f" ({reason})" if reason else "")
     return runner
 
 
