@@ -198,7 +198,10 @@ def build_driver(
         has_cpu: without the CPU backends the program builds in a fraction of the time.
     """
     return building.build(
-        [HERE / "route_driver.cu", *(sorted((csrc / "cpu").glob("route*.cpp")) if has_cpu else ())],
+        [
+            HERE / "route_driver.cu",
+            *(sorted((csrc / "cpu").glob("route_*.cpp")) if has_cpu else ()),
+        ],
         flavour,
         defines=() if has_cpu else ["ROUTE_DRIVER_NO_CPU"],
         include=[csrc / "include"],

@@ -8,10 +8,16 @@
 #include <string>
 #include <vector>
 
-#if !defined(ROUTE_DRIVER_NO_CPU)
-#include "cpu/route.h"
-#endif
 #include "cuda/route.cuh"
+
+#if !defined(ROUTE_DRIVER_NO_CPU)
+// One by one: what chooses among them knows the experts' code too.
+namespace moe_routing::cpu {
+namespace avx512 { void route(const Call& call); }
+namespace avx2 { void route(const Call& call); }
+namespace portable { void route(const Call& call); }
+}  // namespace moe_routing::cpu
+#endif
 
 namespace {
 
@@ -67,9 +73,9 @@ void run(const Header& header, const Call& call) {
 #if defined(ROUTE_DRIVER_NO_CPU)
   std::exit(4);
 #else
-  const char* const names[] = {"", "avx512", "avx2", "portable"};
-  if (!cpu::use_instruction_set(names[header.backend])) std::exit(4);
-  cpu::route(call);
+  if (header.backend == kAvx512) cpu::avx512::route(call);
+  if (header.backend == kAvx2) cpu::avx2::route(call);
+  if (header.backend == kPortable) cpu::portable::route(call);
 #endif
 }
 

@@ -8,7 +8,8 @@ import torch
 from sglang_moe_routing.kernels import compile_table
 from sglang_moe_routing.policies import TopK, Vanilla, build_table
 from tests.kernels import building
-from tests.kernels.driver import Driver, build_driver
+from tests.kernels.conftest import plain_driver
+from tests.kernels.driver import Driver
 
 REASON = building.why_unavailable()
 
@@ -24,7 +25,7 @@ def test_one_launch_in_the_decode_range_and_two_beyond(
     """The number depends on the shape alone, whatever the rows follow."""
     policies = [Vanilla(), TopK.model_validate({"k0": 2})]
     table = compile_table(build_table(policies, layer=0, top_k=4, num_experts=128))
-    driver = Driver(build_driver("plain"))
+    driver = Driver(plain_driver())
     try:
         for policy_id in (-1, 0, 1):
             policy_ids = torch.full((num_rows,), policy_id, dtype=torch.int32)
