@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sglang_moe_routing.artifacts import SimilarityArtifact, save_artifact
+from sglang_moe_routing.checkpoint import fingerprint, read_headers
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "sglang_moe_routing" / "demo" / "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -236,7 +237,13 @@ def make_similarity(folder: Path, out: Path) -> Path:
         matrix = torch.rand(num_experts, num_experts, generator=generator)
         matrix = (matrix + matrix.T) / 2
         matrices[layer] = matrix.fill_diagonal_(1.0)
-    save_artifact(SimilarityArtifact(matrices=matrices, metric="frobenius", model=folder.name), out)
+    artifact = SimilarityArtifact(
+        matrices=matrices,
+        metric="frobenius",
+        model=folder.name,
+        fingerprint=fingerprint(read_headers(folder)),
+    )
+    save_artifact(artifact, out)
     return out
 
 

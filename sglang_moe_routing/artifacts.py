@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import Fingerprint
 from .errors import ArtifactError
 
 FORMAT = "sglang-moe-routing/similarity"
@@ -54,6 +56,7 @@ class SimilarityArtifact:
         metric: one of `METRICS`.
         model: name of the model that was calibrated.
         details: free-form provenance (calibration data, sizes, versions, date), JSON values.
+        fingerprint: of the weights that were calibrated; None if they are not known.
         sha256: digest of the file it was read from, empty if it was made in memory.
     """
 
@@ -61,6 +64,7 @@ class SimilarityArtifact:
     metric: str
     model: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Fingerprint | None = None
     sha256: str = ""
 
     @property
@@ -73,8 +77,13 @@ class SimilarityArtifact:
 
 
 def save_artifact(artifact: SimilarityArtifact, path: str | Path) -> None:
-    """Validate and write `artifact`. Raises `ArtifactError` if its matrices are not usable."""
-    _validate(artifact, Path(path))
+    """Validate and write `artifact`; the file is whole as soon as it has its name.
+
+    Raises:
+        ArtifactError: its matrices are not usable, or the file cannot be written.
+    """
+    path = Path(path)
+    _validate(artifact, path)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -82,8 +91,18 @@ def save_artifact(artifact: SimilarityArtifact, path: str | Path) -> None:
         "model": artifact.model,
         "details": json.dumps(artifact.details, sort_keys=True),
     }
+    if artifact.fingerprint is not None:
+        metadata["fingerprint"] = json.dumps(artifact.fingerprint.as_json(), sort_keys=True)
     tensors = {f"{PREFIX}{i}": m.clone().contiguous() for i, m in artifact.matrices.items()}
-    save_file(tensors, str(path), metadata)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, str(unfinished), metadata)
+        unfinished.chmod(0o644)
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path}: cannot be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_artifact(path: str | Path) -> SimilarityArtifact:
@@ -111,7 +130,8 @@ def load_artifact(path: str | Path) -> SimilarityArtifact:
         matrices={_layer_id(name, path): tensor for name, tensor in tensors.items()},
         metric=metadata.get("metric", ""),
         model=metadata.get("model", ""),
-        details=_details(metadata.get("details", "{}"), path),
+        details=_json_object(metadata, "details", path),
+        fingerprint=_fingerprint(metadata, path),
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     )
     _validate(artifact, path)
@@ -125,14 +145,25 @@ def _layer_id(name: str, path: Path) -> int:
     return int(suffix)
 
 
-def _details(text: str, path: Path) -> dict[str, Any]:
+def _json_object(metadata: Mapping[str, str], key: str, path: Path) -> dict[str, Any]:
     try:
-        details = json.loads(text)
+        value = json.loads(metadata.get(key, "{}"))
     except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path}: metadata 'details' is not JSON: {error}") from None
-    if not isinstance(details, dict):
-        raise ArtifactError(f"{path}: metadata 'details' is {details!r}, expected a JSON object")
-    return details
+        raise ArtifactError(f"{path}: metadata {key!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{path}: metadata {key!r} is {value!r}, expected a JSON object")
+    return value
+
+
+def _fingerprint(metadata: Mapping[str, str], path: Path) -> Fingerprint | None:
+    if "fingerprint" not in metadata:
+        return None
+    digests = _json_object(metadata, "fingerprint", path)
+    if set(digests) != {"structure", "weights"}:
+        raise ArtifactError(
+            f"{path}: metadata 'fingerprint' has {sorted(digests)}, expected structure and weights"
+        )
+    return Fingerprint(**digests)
 
 
 def _validate(artifact: SimilarityArtifact, path: Path) -> None:

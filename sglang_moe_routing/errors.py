@@ -19,6 +19,14 @@ class ArtifactError(RoutingError, ValueError):
     """A similarity artifact is unreadable or does not fit the model."""
 
 
+class CheckpointError(RoutingError, ValueError):
+    """A model's checkpoint is missing, damaged, or of a kind that cannot be read."""
+
+
+class CalibrationError(RoutingError, ValueError):
+    """Similarity matrices cannot be computed from this model or this text."""
+
+
 class RoutingRequestError(RoutingError, ValueError):
     """A client asked for a policy that it cannot have. Answered with HTTP 400."""
 

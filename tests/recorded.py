@@ -30,7 +30,8 @@ def check_call(
     Args:
         call: from `read_records`, of a softmax or sigmoid router.
         policies: what each policy name is in this call, for `oracles.reroute`.
-        similarity: matrices by layer, for policies of kind sere.
+        similarity: matrices by layer, for policies of kind sere that bring none of their own
+            under "similarity".
     """
     where = f"layer {call['layer']}, {call['phase']}"
     router = call["router"]
@@ -125,6 +126,7 @@ def _describe(
         return None
     policy = dict(policies[name])
     if policy["kind"] == "sere":
-        assert similarity is not None, f"{name} needs similarity matrices"
-        policy["sim"] = similarity[layer]
+        source = policy.pop("similarity", similarity)
+        assert source is not None, f"{name} needs similarity matrices"
+        policy["sim"] = source[layer]
     return policy

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import BenchError
-
 COLUMNS = 2
 PANEL_INCHES = (5.6, 4.2)
 MARKERS = "osD^vPX*"
-
-
-def check_installed() -> None:
-    """Raises: BenchError if there is no matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BenchError(
-            "--out draws with matplotlib, which is not installed: "
-            "pip install 'sglang-moe-routing[plot]'"
-        )
 
 
 def draw(summary: Mapping[str, Any], file: Path) -> None:

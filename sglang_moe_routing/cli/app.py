@@ -9,10 +9,12 @@ import typer
 from .. import __version__
 from .bench import bench
 from .build import build
+from .calibrate import calibrate
 from .check import check
 from .client import client
 from .configs import policies, validate
 from .demo import demo
+from .inspect import inspect
 from .serve import serve
 
 app = typer.Typer(
@@ -49,6 +51,8 @@ app.command(
 )(serve)
 app.command()(validate)
 app.command()(policies)
+app.command()(calibrate)
+app.command()(inspect)
 app.command()(check)
 app.command()(build)
 app.command()(demo)

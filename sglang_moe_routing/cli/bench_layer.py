@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from .output import Json, clear_errors, console, errors, print_json
+from .output import Json, check_matplotlib, clear_errors, console, errors, print_json
 
 
 def layer(
@@ -50,7 +50,7 @@ def layer(
         names = _names(shapes)
         pythons = bench.interpreters(_names(impls) if impls else None, _peers(peer or []), names)
         if out is not None:
-            layer_plot.check_installed()
+            check_matplotlib("--out")
         found: dict[str, Any] = {
             "machine": describe_machine(),
             "load_average": round(os.getloadavg()[0], 2),

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..artifacts import load_artifact
 from ..config import LoadedConfig, bundled_config, load_config
 from ..errors import RoutingError
 from ..policies import installed_registry
+from ..similarity import load_similarities
 from .output import Json, clear_errors, console, print_json
 
 ConfigFile = Annotated[Path, typer.Argument(help="Routing config (YAML).")]
@@ -28,8 +28,7 @@ def validate(
     try:
         loaded = load_config(file)
         if artifacts:
-            for path in loaded.similarity_paths.values():
-                load_artifact(path)
+            load_similarities(loaded)
     except RoutingError as error:
         if json:
             print_json({"ok": False, "file": str(file), "problems": str(error).splitlines()})

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from ..errors import RoutingError
+from ..policies import Layers
 
 console = Console()
 errors = Console(stderr=True)
+
+_LAYERS: TypeAdapter[tuple[int, ...]] = TypeAdapter(Layers)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
@@ -25,7 +30,8 @@ def print_json(value: Any) -> None:
 
 def fail(message: str) -> NoReturn:
     """End the command with `message` and status 1."""
-    errors.print(f"[bold red]error:[/] {message}", highlight=False, soft_wrap=True)
+    errors.print("[bold red]error:[/]", end=" ")
+    errors.print(message, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -35,6 +41,23 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except RoutingError as error:
-        errors.print("[bold red]error:[/]", end=" ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        fail(str(error))
+
+
+def check_matplotlib(option: str) -> None:
+    """End the command if there is no matplotlib to draw what `option` asks for."""
+    if importlib.util.find_spec("matplotlib") is None:
+        fail(
+            f"{option} draws with matplotlib, which is not installed: "
+            "pip install 'sglang-moe-routing[plot]'"
+        )
+
+
+def layer_ids(text: str) -> tuple[int, ...]:
+    """What ``--layers`` names, in order. Raises `RoutingError` if it is no list of layers."""
+    try:
+        return _LAYERS.validate_python(text)
+    except ValidationError:
+        raise RoutingError(
+            f"--layers {text!r}: no layer ids and ranges; write them as 0-3,7"
+        ) from None

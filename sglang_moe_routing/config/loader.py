@@ -68,7 +68,8 @@ def load_config(path: str | Path, registry: PolicyRegistry | None = None) -> Loa
         path=path.resolve(),
         sha256=hashlib.sha256(raw).hexdigest(),
         similarity_paths={
-            name: _expand(path, tree, name, value) for name, value in config.similarity.items()
+            name: _expand(path, tree, name, source.path)
+            for name, source in config.similarity.items()
         },
     )
 
@@ -121,6 +122,8 @@ def _describe(
     if len(loc) > 2 and loc[0] == "policies":  # drop the union tag that pydantic inserts
         kind = str(loc.pop(2))
         known_fields = _fields(registry[kind], loc[2:-1])
+    elif len(loc) > 2 and loc[0] == "similarity":
+        known_fields = _fields(model, loc[:1])
     else:
         known_fields = _fields(model, loc[:-1])
     message = error["msg"].removeprefix("Value error, ")

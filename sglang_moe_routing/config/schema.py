@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Discriminator, Field, SerializeAsAny, Tag, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    Tag,
+    create_model,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from ..policies import Policy, PolicyRegistry, Vanilla
 from ..policies.base import StrictModel
@@ -15,6 +25,33 @@ VANILLA = "vanilla"
 DEFAULT_HEADER = "X-MoE-Routing-Policy"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+
+
+class SimilaritySource(StrictModel):
+    """A similarity artifact, and which models it may serve."""
+
+    path: str
+    """The file, relative to the config; ${VAR} is expanded."""
+    allow_other_weights: bool = False
+    """Serve models whose weights are not those that were calibrated: another fine-tune or a
+    quantised copy of the same base. Layers and experts must match all the same."""
+
+
+def _parse_source(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class _SourceJson:
+    """JSON schema of "a path or a source object"."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(
+        schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
+
+
+Source = Annotated[SimilaritySource, BeforeValidator(_parse_source), _SourceJson]
 
 
 class RoutingConfig(StrictModel):
@@ -33,7 +70,7 @@ class RoutingConfig(StrictModel):
     'shared': one cache for all; vanilla requests may then read KV that a lossy policy wrote."""
     statistics: bool = True
     """Count active experts on the device, read out at /v1/moe_routing/statistics."""
-    similarity: dict[Name, str] = {}
+    similarity: dict[Name, Source] = {}
     """Similarity artifacts by name. Paths are relative to this file; ${VAR} is expanded."""
     policies: dict[Name, SerializeAsAny[Policy]] = {}
     """Policies by name. 'vanilla' always exists and need not be listed."""

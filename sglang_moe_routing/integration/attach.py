@@ -16,7 +16,8 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from torch import Tensor
 
 from ..artifacts import SimilarityArtifact
-from ..errors import ArtifactError, EngineError, KernelError, PolicyError
+from ..checkpoint import find_checkpoint, fingerprint, read_headers
+from ..errors import ArtifactError, CheckpointError, EngineError, KernelError, PolicyError
 from ..kernels import CHOICE, REFERENCE, Implementation, choose, compile_table, unsupported
 from ..policies import Router, build_table
 from . import environment
@@ -41,8 +42,7 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     _check_ranks_agree(runtime)
     server_args = model_runner.server_args
     routers = _routed_layers(model_runner.model)
-    for name, artifact in runtime.artifacts.items():
-        _check_artifact(name, artifact, routers)
+    _check_artifacts(runtime, routers, server_args)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
     layers = []
     for index, (topk, experts) in enumerate(routers.values()):
@@ -232,7 +232,50 @@ def make_router(config: Any, where: str) -> Router:
     )
 
 
-def _check_artifact(
+def _check_artifacts(
+    runtime: Runtime, routers: Mapping[int, tuple[TopK, FusedMoE]], server_args: Any
+) -> None:
+    sources = runtime.config.similarity
+    for name, artifact in runtime.artifacts.items():
+        _check_layers(name, artifact, routers)
+        found = _other_weights(name, artifact, server_args)
+        if found and sources[name].allow_other_weights:
+            logger.warning("%s; allowed by similarity.%s.allow_other_weights", found, name)
+        elif found:
+            raise ArtifactError(
+                f"{found}; calibrate the model that is served, or set "
+                f"similarity.{name}.allow_other_weights: true in {runtime.loaded.path} for another "
+                "fine-tune or a quantised copy of the same model"
+            )
+
+
+def _other_weights(name: str, artifact: SimilarityArtifact, server_args: Any) -> str:
+    """How the served weights differ from those that were calibrated; empty if they do not."""
+    where = f"similarity artifact {name!r} (made for {artifact.model or 'an unnamed model'})"
+    if artifact.fingerprint is None:
+        return f"{where} does not say for which weights it was made"
+    try:
+        folder = find_checkpoint(
+            server_args.model_path, revision=server_args.revision, cache=server_args.download_dir
+        )
+        served = fingerprint(read_headers(folder))
+    except CheckpointError as error:
+        return f"{where} cannot be held to the weights of {server_args.model_path}: {error}"
+    mine = artifact.fingerprint
+    if served == mine:
+        return ""
+    if served.structure != mine.structure:
+        return (
+            f"{where} was made for a checkpoint with tensors of other names, dtypes or shapes than "
+            f"{server_args.model_path}"
+        )
+    return (
+        f"{where} was made for other weights than {server_args.model_path}: fingerprint "
+        f"{mine.weights[:12]}, served {served.weights[:12]}"
+    )
+
+
+def _check_layers(
     name: str, artifact: SimilarityArtifact, routers: Mapping[int, tuple[TopK, FusedMoE]]
 ) -> None:
     where = f"similarity artifact {name!r}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..artifacts import load_artifact
 from ..config import load_config
 from ..errors import RoutingError
 from ..kernels import choose
+from ..similarity import load_similarities
 from . import hooking
 from .report import Finding, Inspection
 
@@ -25,8 +25,7 @@ def inspect(config: Path) -> Inspection:
     try:
         loaded = load_config(config)
         result.policies = loaded.config.names
-        for path in loaded.similarity_paths.values():
-            load_artifact(path)
+        load_similarities(loaded)
     except RoutingError as error:
         result.problems.append(str(error))
     result.platform = _platform()

@@ -11,11 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..artifacts import SimilarityArtifact, load_artifact
+from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig
 from ..errors import EngineError
 from ..kernels import KernelTable, refine_out, workspace
 from ..policies import PAD, PolicyTable, Router, Vanilla, reroute
+from ..similarity import load_similarities
 from .recorder import Recorder
 from .statistics import Statistics
 
@@ -92,13 +93,10 @@ class Runtime:
         self.acts_in_prefill = [p.engage.phase == "all" for p in self.config.definitions]
 
     def load_artifacts(self) -> None:
-        """Read every similarity artifact that a policy uses. Raises `ArtifactError`."""
+        """Read the similarity artifacts that policies use. Raises as `load_similarities` does."""
         used = {self.config.artifact_of(name) for name in self.config.names}
-        self.artifacts = {
-            name: load_artifact(path)
-            for name, path in self.loaded.similarity_paths.items()
-            if name in used
-        }
+        artifacts = load_similarities(self.loaded)
+        self.artifacts = {name: artifacts[name] for name in artifacts if name in used}
 
     @cached_property
     def cache_keys(self) -> list[str]:

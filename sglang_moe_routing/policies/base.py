@@ -39,6 +39,10 @@ class StrictModel(BaseModel):
     )
 
 
+MOST_LAYERS = 10_000
+"""More than any model has: a range is a set of ids, and a typing error must not fill the memory."""
+
+
 def parse_layers(value: object) -> object:
     """Turn ``5``, ``"0-3"``, ``"0-3,7"`` or a list of layer ids into a sorted tuple of ids."""
     if isinstance(value, tuple):
@@ -55,6 +59,8 @@ def parse_layers(value: object) -> object:
         if isinstance(part, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"{part!r} is not a layer id or a range such as 0-3")
         span = range(int(first), int(last or first) + 1)
+        if span.stop > MOST_LAYERS:
+            raise ValueError(f"{part!r}: layer ids end at {MOST_LAYERS - 1}")
         if not span:
             raise ValueError(f"{part!r} is an empty range of layers")
         layers.update(span)

@@ -155,6 +155,41 @@ def test_artifact_of_another_model_stops_the_server(tmp_path: Path) -> None:
     assert "is for 16 experts, but layer 0 of this model has 64" in own_message(output)
 
 
+def test_artifact_of_other_weights_stops_the_server(tmp_path: Path) -> None:
+    """The same model trained further has the same layers and experts, and other neighbours."""
+    from dataclasses import replace
+
+    from sglang_moe_routing import load_artifact, save_artifact
+    from sglang_moe_routing.checkpoint import fingerprint, read_headers
+
+    served = fingerprint(read_headers(demo.MODEL))
+    mine = load_artifact(demo.CONFIG.with_name("similarity.safetensors"))
+    tuned = replace(mine, fingerprint=replace(served, weights="0" * 64))
+    save_artifact(tuned, tmp_path / "tuned.safetensors")
+    config = (
+        "version: 1\nsimilarity: {main: tuned.safetensors}\n"
+        "policies: {s: {kind: sere, num_primary: 2}}\n"
+    )
+    status, output = failed_start(tmp_path, config)
+    assert status == 78
+    message = own_message(output)
+    assert f"was made for other weights than {demo.MODEL}: fingerprint 000000000000" in message
+    assert f"served {served.weights[:12]}" in message
+    assert "set similarity.main.allow_other_weights: true" in message
+
+
+def test_threshold_that_no_similarity_reaches_stops_the_server(tmp_path: Path) -> None:
+    config = (
+        f"version: 1\nsimilarity: {{main: {demo.CONFIG.with_name('similarity.safetensors')}}}\n"
+        "policies: {s: {kind: sere, num_primary: 2, threshold: {default: 0, rows: {8: 1.5}}}}\n"
+    )
+    status, output = failed_start(tmp_path, config)
+    assert status == 78
+    message = own_message(output)
+    assert "policies.s.threshold: 1.5 is above 1, the highest value of the metric" in message
+    assert "not comparable across metrics" in message
+
+
 def test_kernels_that_cannot_be_built_stop_the_server(tmp_path: Path) -> None:
     compiler = tmp_path / "broken-compiler"
     compiler.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")

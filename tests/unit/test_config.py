@@ -121,6 +121,13 @@ PROBLEMS = {
     "policies: {a: {kind: oea, k0: {default: 3, layers: {x: 1}}}}": (
         "policies.a.k0.layers: 'x' is not a layer id or a range such as 0-3"
     ),
+    "policies: {a: {kind: oea, k0: 3, engage: {layers: 0-9999999999}}}": (
+        "policies.a.engage.layers: '0-9999999999': layer ids end at 9999"
+    ),
+    "similarity: {a: {path: x, allow_other_weigths: true}}": (
+        "similarity.a.allow_other_weigths: unknown key, did you mean 'allow_other_weights'?"
+    ),
+    "similarity: {a: {allow_other_weights: true}}": "similarity.a.path: missing",
     "policies: {a: {kind: oea, k0: {default: 3, layers: {0-1: x}}}}": (
         "policies.a.k0.layers.0,1: Input should be a valid integer, got 'x'"
     ),

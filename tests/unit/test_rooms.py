@@ -47,11 +47,22 @@ def test_only_integration_imports_sglang(path: Path) -> None:
 
 MAY_IMPORT = {
     "errors": set(),
-    "artifacts": {"errors"},
+    "checkpoint": {"errors"},
+    "artifacts": {"errors", "checkpoint"},
+    "calibration": {"errors", "artifacts", "checkpoint"},
     "policies": {"errors"},
     "kernels": {"errors", "policies"},
     "config": {"errors", "policies"},
-    "integration": {"errors", "artifacts", "policies", "kernels", "config"},
+    "similarity": {"errors", "artifacts", "policies", "config"},
+    "integration": {
+        "errors",
+        "checkpoint",
+        "artifacts",
+        "policies",
+        "kernels",
+        "config",
+        "similarity",
+    },
 }
 
 

@@ -1,0 +1,1 @@
+"""Where similarity artifacts come from, and how far one can be trusted."""

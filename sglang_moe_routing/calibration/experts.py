@@ -1,0 +1,266 @@
+"""Find a model's experts by structure, run any of them on any token, and watch the router.
+
+No model file is copied: an expert is run by the model's own code. Two structures are known.
+
+- *Fused*: a module whose parameters hold all experts along their first dimension and whose
+  ``forward`` takes (hidden states, expert ids, combine weights), as every MoE model of transformers
+  5 has. An expert's output is what the module returns when every token goes to it at weight 1.
+- *A list* of modules that each map hidden states to hidden states, as in models with code of their
+  own. Combine weights are found by probing: see `ExpertList`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+
+NUM_ARGUMENTS = 3  # hidden states, expert ids, combine weights
+
+
+@dataclass
+class Routing:
+    """What one MoE layer saw in one forward.
+
+    Attributes:
+        hidden: ``[num_tokens, hidden]``, the experts' input.
+        topk_ids: int64 ``[num_tokens, top_k]``.
+        topk_weights: ``[num_tokens, top_k]``, the model's own combine weights.
+        combined: ``[num_tokens, hidden]``, what the routed experts gave together.
+    """
+
+    hidden: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    combined: Tensor
+
+
+class Experts(ABC):
+    """The routed experts of one MoE layer.
+
+    Attributes:
+        name: of the module, as in ``model.named_modules()``.
+        num_experts: N.
+    """
+
+    def __init__(self, name: str, module: nn.Module, num_experts: int):
+        self.name = name
+        self.module = module
+        self.num_experts = num_experts
+
+    @abstractmethod
+    def run(self, expert: int, hidden: Tensor) -> Tensor:
+        """Output of one expert for every token: ``[num_tokens, hidden]``, unweighted."""
+
+    @abstractmethod
+    def watch(self) -> Any:
+        """Context manager that yields a list; every forward inside adds its `Routing`."""
+
+    def damaged(self) -> str:
+        """The first parameter with NaN or infinite values, empty if there is none."""
+        for name, parameter in self.module.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                return f"{self.name}.{name}"
+        return ""
+
+
+class FusedExperts(Experts):
+    """Experts in one module, with parameters of shape ``[N, ...]``."""
+
+    def run(self, expert: int, hidden: Tensor) -> Tensor:
+        ids = torch.full((len(hidden), 1), expert, dtype=torch.int64, device=hidden.device)
+        weights = torch.ones_like(ids, dtype=hidden.dtype)
+        output: Tensor = self.module.forward(hidden, ids, weights)  # past the hooks of `watch`
+        return output
+
+    @contextmanager
+    def watch(self) -> Iterator[list[Routing]]:
+        signature = inspect.signature(self.module.forward)
+        seen: list[Routing] = []
+
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            hidden, ids, weights = signature.bind(*args, **kwargs).args[:NUM_ARGUMENTS]
+            seen.append(Routing(hidden, ids.long(), weights, output))
+
+        handle = self.module.register_forward_hook(record, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
+class ExpertList(Experts):
+    """Experts as a list of modules inside a block that routes by itself.
+
+    The block is linear in what its experts return. So its combine weights are read off by making
+    expert u return the u-th unit vector, and what else it adds (shared experts) by making all of
+    them return zero. That takes N <= hidden.
+    """
+
+    def __init__(self, name: str, module: nn.ModuleList, block: nn.Module):
+        super().__init__(name, module, len(module))
+        self.block = block
+
+    def run(self, expert: int, hidden: Tensor) -> Tensor:
+        output: Tensor = self.module[expert].forward(hidden)  # type: ignore[index]
+        return output
+
+    @contextmanager
+    def watch(self) -> Iterator[list[Routing]]:
+        seen: list[Routing] = []
+
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            hidden = (args[0] if args else kwargs["hidden_states"]).detach()
+            if self.num_experts > hidden.shape[-1]:
+                raise CalibrationError(
+                    f"{self.name}: {self.num_experts} experts in a list, but a hidden size of "
+                    f"{hidden.shape[-1]}: their weights cannot be told apart"
+                )
+
+            def rerun(answer: Callable[[int, Tensor], Tensor]) -> Tensor:
+                with self._answering(answer):
+                    return _first(module.forward(*args, **kwargs)).flatten(0, -2)
+
+            rest = rerun(lambda expert, output: torch.zeros_like(output))
+            weights = (rerun(_unit_vector) - rest)[:, : self.num_experts]
+            top_k = int((weights != 0).sum(dim=1).max())
+            topk_weights, topk_ids = weights.topk(top_k, dim=1)
+            combined = _first(output).flatten(0, -2) - rest
+            seen.append(Routing(hidden.flatten(0, -2), topk_ids, topk_weights, combined))
+
+        handle = self.block.register_forward_hook(record, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _answering(self, answer: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        def replace(expert: int) -> Callable[..., Tensor]:
+            return lambda module, args, output: answer(expert, output)
+
+        handles = [
+            e.register_forward_hook(replace(i)) for i, e in enumerate(self.module.children())
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _unit_vector(expert: int, output: Tensor) -> Tensor:
+    vector = torch.zeros_like(output)
+    vector[..., expert] = 1
+    return vector
+
+
+def _first(output: Any) -> Tensor:
+    """A block may return its router logits too."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One decoder layer that has routed experts."""
+
+    layer: int
+    experts: Experts
+
+
+@dataclass
+class _Search:
+    found: list[tuple[str, Experts]] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+
+
+def find_moe_layers(model: nn.Module) -> tuple[str, dict[int, MoeLayer]]:
+    """Where the decoder layers are, and the MoE layers among them by layer id.
+
+    Returns:
+        The name of the ``nn.ModuleList`` of decoder layers, such as ``model.layers``, and the MoE
+        layers in order.
+
+    Raises:
+        CalibrationError: there are no experts, or they are of a structure that is not known.
+    """
+    search = _search(model)
+    kind = type(model).__name__
+    if not search.found:
+        what = "; ".join(search.rejected) or "no module with several experts: a dense model"
+        raise CalibrationError(f"{kind}: no MoE layer whose experts can be run one by one: {what}")
+    if search.rejected:
+        raise CalibrationError(
+            f"{kind}: some experts are of an unknown structure: {'; '.join(search.rejected)}; "
+            f"beside {len(search.found)} known ones such as {search.found[0][0]}"
+        )
+    stacks = {name: _stack_of(model, name) for name, _ in search.found}
+    if len({stack for stack, _ in stacks.values()}) != 1 or "" in dict(stacks.values()):
+        raise CalibrationError(f"{kind}: experts lie outside one stack of layers: {list(stacks)}")
+    layers: dict[int, MoeLayer] = {}
+    for name, experts in search.found:
+        _, layer = stacks[name]
+        if layer in layers:
+            raise CalibrationError(
+                f"{kind}: layer {layer} has two sets of experts: "
+                f"{layers[layer].experts.name}, {name}"
+            )
+        layers[layer] = MoeLayer(layer, experts)
+    sizes = {moe.experts.num_experts for moe in layers.values()}
+    if len(sizes) != 1:
+        raise CalibrationError(f"{kind}: layers differ in their number of experts: {sorted(sizes)}")
+    return next(iter(stacks.values()))[0], dict(sorted(layers.items()))
+
+
+def _search(model: nn.Module) -> _Search:
+    search = _Search()
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if name.rpartition(".")[2] != "experts":
+            if _num_stacked(module) > 1:
+                search.rejected.append(f"{name}: {_describe(module)}, not named 'experts'")
+        elif isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1:
+            block = modules[name.rpartition(".")[0]]
+            search.found.append((name, ExpertList(name, module, block)))
+        elif _num_stacked(module) > 1 and _takes_routing(module):
+            search.found.append((name, FusedExperts(name, module, _num_stacked(module))))
+        else:
+            search.rejected.append(f"{name}: {_describe(module)}")
+    return search
+
+
+def _num_stacked(module: nn.Module) -> int:
+    """N where all matrices of the module are stacked along a first dimension N, else 0."""
+    sizes = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def _takes_routing(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == NUM_ARGUMENTS
+
+
+def _describe(module: nn.Module) -> str:
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    return f"{type(module).__name__}{inspect.signature(module.forward)} with {shapes}"
+
+
+def _stack_of(model: nn.Module, name: str) -> tuple[str, int]:
+    """The outermost ``nn.ModuleList`` around a module, and the place in it."""
+    parts = name.split(".")
+    for i in range(1, len(parts)):
+        if (
+            isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
+            and parts[i].isdecimal()
+        ):
+            return ".".join(parts[:i]), int(parts[i])
+    return "", 0

@@ -1,0 +1,99 @@
+"""Every family's artifact equals what the whole model in float64 gives, formula by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from scripts import make_tiny_models
+from sglang_moe_routing.artifacts import METRICS as STORED
+from sglang_moe_routing.artifacts import load_artifact
+from sglang_moe_routing.calibration import metrics
+from sglang_moe_routing.calibration.metrics import METRICS
+from tests.calibration import direct
+from tests.calibration.conftest import calibration, random_text
+
+TOLERANCE = 1e-5
+Tiny = Callable[[str], Path]
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("metric", direct.METRICS)
+@pytest.mark.parametrize("family", make_tiny_models.FAMILIES)
+def test_artifacts_equal_the_direct_computation(
+    tiny: Tiny, family: str, metric: str, tmp_path: Path
+) -> None:
+    """Within 1e-5; dense layers have no matrix, shared experts no row."""
+    folder, out = tiny(family), tmp_path / "similarity.safetensors"
+    text = random_text()
+    calibration(folder, out, metric, text).run()
+    artifact = load_artifact(out)
+    expected = direct.run_whole_model(folder, text.token_ids)
+    assert artifact.layers == sorted(expected) == make_tiny_models.moe_layers(folder)
+    for layer in artifact.layers:
+        assert_close(artifact.matrices[layer], direct.METRICS[metric](expected[layer]))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_small_blocks_of_tokens_give_the_same(
+    tiny: Tiny, metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept between blocks is all that a metric needs."""
+    folder = tiny("qwen3_moe")
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    calibration(folder, whole, metric).run()
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 7 * 16 * 64 * 4)  # 7 tokens
+    calibration(folder, cut, metric).run()
+    for layer, matrix in load_artifact(whole).matrices.items():
+        torch.testing.assert_close(load_artifact(cut).matrices[layer], matrix, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", make_tiny_models.FAMILIES)
+def test_weights_need_no_text(tiny: Tiny, family: str, tmp_path: Path) -> None:
+    """The same matrix each time; other layers' experts give another one."""
+    folder, out = tiny(family), tmp_path / "similarity.safetensors"
+    calibration(folder, out, "weights").run()
+    first = load_artifact(out)
+    calibration(folder, tmp_path / "again.safetensors", "weights").run()
+    again = load_artifact(tmp_path / "again.safetensors")
+    assert first.layers == make_tiny_models.moe_layers(folder)
+    matrices = [first.matrices[layer] for layer in first.layers]
+    assert all(torch.equal(first.matrices[i], again.matrices[i]) for i in first.layers)
+    assert not torch.allclose(matrices[0], matrices[1])
+
+
+def test_weights_do_not_depend_on_the_order_of_neurons(tiny: Tiny, tmp_path: Path) -> None:
+    """Permuting an expert's inner neurons changes nothing that it computes."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "permuted"
+    shutil.copytree(tiny("qwen3_moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    prefix = "model.layers.1.mlp.experts.3."
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    for name in ("gate_proj", "up_proj"):
+        tensors[f"{prefix}{name}.weight"] = tensors[f"{prefix}{name}.weight"][order].contiguous()
+    tensors[f"{prefix}down_proj.weight"] = tensors[f"{prefix}down_proj.weight"][
+        :, order
+    ].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = []
+    for source in (tiny("qwen3_moe"), folder):
+        out = tmp_path / f"{source.name}.safetensors"
+        calibration(source, out, "weights").run()
+        found.append(load_artifact(out))
+    torch.testing.assert_close(found[0].matrices[1], found[1].matrices[1], rtol=0, atol=1e-6)
+    assert found[0].fingerprint != found[1].fingerprint
+
+
+def test_every_metric_that_can_be_stored_can_be_computed() -> None:
+    assert set(METRICS) == set(STORED)

@@ -1,0 +1,127 @@
+"""Checkpoints: headers, fingerprints, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sglang_moe_routing.checkpoint import find_checkpoint, fingerprint, read_headers
+from sglang_moe_routing.errors import CheckpointError
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"layers.{i}.{name}.weight" for i in range(3) for name in ("gate", "up")]
+    return {name: torch.randn(8, 300, generator=generator) for name in names}
+
+
+def single(folder: Path, content: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(content, folder / "model.safetensors")
+    return folder
+
+
+def sharded(folder: Path, content: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    names = sorted(content)
+    files = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({n: content[n] for n in names if files[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+def test_headers_tell_names_dtypes_shapes_and_places(tmp_path: Path) -> None:
+    content = tensors()
+    found = read_headers(single(tmp_path / "a", content))
+    assert list(found) == sorted(content)
+    for name, stored in found.items():
+        assert (stored.dtype, stored.shape) == ("F32", (8, 300))
+        raw = stored.file.read_bytes()[stored.start : stored.stop]
+        assert raw == content[name].numpy().tobytes()
+
+
+def test_shards_have_the_fingerprint_of_one_file(tmp_path: Path) -> None:
+    one, many = single(tmp_path / "one", tensors()), sharded(tmp_path / "many", tensors())
+    assert fingerprint(read_headers(one)) == fingerprint(read_headers(many))
+
+
+def test_other_values_keep_the_structure_only(tmp_path: Path) -> None:
+    """A fine-tune; one tensor's change is enough in a model of few tensors."""
+    mine = fingerprint(read_headers(single(tmp_path / "a", tensors())))
+    tuned = tensors()
+    tuned["layers.1.up.weight"] += 0.01
+    theirs = fingerprint(read_headers(single(tmp_path / "b", tuned)))
+    assert theirs.structure == mine.structure
+    assert theirs.weights != mine.weights
+
+
+def test_another_dtype_is_another_structure(tmp_path: Path) -> None:
+    mine = fingerprint(read_headers(single(tmp_path / "a", tensors())))
+    halved = {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    theirs = fingerprint(read_headers(single(tmp_path / "b", halved)))
+    assert theirs.structure != mine.structure
+
+
+def test_thousands_of_tensors_are_sampled(tmp_path: Path) -> None:
+    """Every third of 3,000: what lies between may change unseen, most changes cannot."""
+    content = {f"t{i:04}": torch.full((2,), float(i)) for i in range(3000)}
+    mine = fingerprint(read_headers(single(tmp_path / "a", content)))
+    tuned = {name: tensor + 1 for name, tensor in content.items()}
+    theirs = fingerprint(read_headers(single(tmp_path / "b", tuned)))
+    assert theirs.weights != mine.weights
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+        read_headers(tmp_path)
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "a", tensors())
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names model-1\.safetensors, which is not there"):
+        read_headers(folder)
+
+
+def test_an_index_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="not an index"):
+        read_headers(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x05", b"\xff" * 64, b"\x02\0\0\0\0\0\0\0{}x", b"\x02" + b"\0" * 7 + b"[]"]
+)
+def test_damaged_headers(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    if content.endswith(b"{}x"):
+        assert read_headers(tmp_path) == {}
+        return
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a safetensors file"):
+        read_headers(tmp_path)
+
+
+def test_a_truncated_file(tmp_path: Path) -> None:
+    file = single(tmp_path, tensors()) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"truncated: .* bytes, its header says"):
+        read_headers(tmp_path)
+
+
+def test_models_that_are_nowhere(tmp_path: Path) -> None:
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+    (tmp_path / "file").touch()
+    for name in (str(tmp_path / "none"), str(tmp_path / "file"), "./none"):
+        with pytest.raises(CheckpointError, match="not a folder"):
+            find_checkpoint(name)
+    with pytest.raises(CheckpointError, match="hf download nobody/nothing"):
+        find_checkpoint("nobody/nothing", cache=str(tmp_path))
