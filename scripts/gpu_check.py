@@ -30,6 +30,7 @@ PACKAGES = {
     "typer": "typer",
     "rich": "rich",
     "openai": "openai",
+    "transformers": "transformers",
 }
 KERNEL_TESTS = ("tests/gpu", "tests/kernels/test_routing.py", "tests/kernels/test_routers.py")
 SANITIZED = ("tests/gpu/test_kernels_cuda.py", "-k", "bfloat16 or float32 or table")

@@ -24,7 +24,13 @@ COMMAND = "python scripts/make_reference.py"
 REQUIRED = "required"
 COMMON = ("kind", "engage")  # keys of every kind, told once
 HEADS = ("key", "type", "default", "meaning")
-CONSTANTS = {"PLATFORM", "PLUGIN", "SGLANG_VERSION", "EXIT_CODE"}  # not names of variables
+CONSTANTS = {
+    "PLATFORM",
+    "PLUGIN",
+    "SGLANG_VERSION",
+    "EXIT_CODE",
+    "TARGET_ARCHITECTURES",
+}  # not names of variables
 
 INTRO = f"""\
 # Configuration
@@ -110,28 +116,38 @@ policies:
 
 SIMILARITY = """\
 An artifact is a safetensors file with one `[N, N]` matrix per MoE layer, N being the layer's
-routed experts; [the format](../sglang_moe_routing/artifacts.py) is checked when it is opened. The
-server reads the artifacts that a policy uses and refuses one that lacks a layer of the model or
-has another number of experts. A relative path starts at the folder of the config file; `${VAR}` is
-replaced by an environment variable, and a variable that is not set is an error.
+routed experts; [the format](../sglang_moe_routing/artifacts.py) is checked when it is opened.
+[`calibrate`](cli.md#calibrate) makes one for any MoE model: [calibration.md](calibration.md) says
+how to choose text, metric, S and rho, [`inspect`](cli.md#inspect) what an artifact is worth. A
+relative path starts at the folder of the config file; `${VAR}` is replaced by an environment
+variable, and a variable that is not set is an error. Keep artifacts out of model folders: SGLang
+loads every safetensors file in there as weights.
 
-Keep artifacts out of model folders: SGLang loads every safetensors file in there as weights.
+```yaml
+version: 1
+similarity:
+  main: /srv/similarity/qwen3-routed.safetensors
+  tuned: {path: /srv/similarity/qwen3-base.safetensors, allow_other_weights: true}
+policies:
+  fast: {kind: sere, num_primary: 2, threshold: 0.0, similarity: main}
+  other: {kind: sere, num_primary: 3, threshold: 0.1, similarity: tuned}
+```
+
+A server reads every artifact of its config and refuses one that lacks a MoE layer of the model, has
+another number of experts, or was made for other weights than those it serves; the message says
+what differs. `allow_other_weights: true` turns the last one into a warning, for another fine-tune
+or a quantised copy of the same base.
 
 The meaning of a `threshold` depends on the artifact's metric: 0.3 under `cosine` (which maps a
-cosine of -0.4 to 0.3) protects far less than 0.3 under `frobenius`. Do not carry a threshold from
-one metric, or from one model, to another.
+cosine of -0.4 to 0.3) protects far less than 0.3 under `frobenius`, and under `routed` 0 already
+means "only where the stand-in is better than nothing". Thresholds are not comparable across
+metrics or models. One that lies above every value that the metric can take is refused; one below
+every value, such as -1000, re-routes always.
 
-| metric | values | similarity of experts u and v |
-|---|---|---|
-| `frobenius` | 0 to 1 | 1 - d(u, v) / max d, d being the Frobenius distance of their outputs |
-| `cosine` | 0 to 1 | mean cosine c of their outputs, as (c + 1) / 2 |
-| `cka` | 0 to 1 | linear centred kernel alignment of their outputs |
-| `weights` | 0 to 1 | computed from the experts' weights, without calibration data |
-| `routed` | up to 1, asymmetric | 1 minus the relative error of v on the tokens routed to u |
-
-This package does not compute artifacts for arbitrary models yet.
-[make_demo_similarity.py](../scripts/make_demo_similarity.py) makes the one of the bundled demo
-model (`frobenius`); `sglang_moe_routing.save_artifact` writes and validates matrices of any origin.
+| key | type | default | meaning |
+|---|---|---|---|
+| `path` | text | required | The file. A text instead of these keys is the path. |
+| `allow_other_weights` | `true` or `false` | `false` | {allow_other_weights} |
 """
 
 
@@ -167,7 +183,10 @@ def render() -> str:
         _table(schema["$defs"]["SimilaritySchedule"]),
         SCHEDULE_EXAMPLE,
         "## Similarity artifacts\n",
-        SIMILARITY,
+        SIMILARITY.replace(
+            "{allow_other_weights}",
+            _text(schema["$defs"]["SimilaritySource"]["properties"]["allow_other_weights"]),
+        ),
         "## Environment variables\n",
         _rows(("variable", "meaning"), [*_variables(environment), *_variables(native)]),
         "SGLang's own variables that matter are in "
@@ -235,7 +254,7 @@ def _mapping(field: Mapping[str, Any], key: str) -> str:
     if key == "policies":
         return "name → [policy](#policies)"
     if key == "similarity":
-        return "name → path"
+        return "name → path or [source](#similarity-artifacts)"
     return {"rows": "rows → value", "layers": "layers → value"}[key]
 
 

@@ -166,7 +166,7 @@ def softmax_router(logits: Any, *choice: Any) -> Router | None:
     if not isinstance(logits, Tensor) or len(choice) != 2 or logits.ndim != 2:
         return None
     ids, weights = choice
-    if logits.shape[0] != ids.shape[0]:
+    if len(logits) != len(ids) or logits.shape[1] <= int(ids.max()):
         return None
     gates = logits.float().softmax(dim=1)
     picked = gates.gather(1, ids)

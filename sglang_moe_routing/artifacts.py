@@ -43,7 +43,9 @@ METRICS: Mapping[str, Metric] = {
     "cosine": Metric(symmetric=True, lowest=0.0),
     "cka": Metric(symmetric=True, lowest=0.0),
     "weights": Metric(symmetric=True, lowest=0.0),
+    "router": Metric(symmetric=True, lowest=0.0),
     "routed": Metric(symmetric=False, lowest=float("-inf")),
+    "joint": Metric(symmetric=False, lowest=float("-inf"), highest=float("inf")),
 }
 
 

@@ -48,12 +48,15 @@ class Experts(ABC):
 
     Attributes:
         name: of the module, as in ``model.named_modules()``.
+        module: the experts.
+        block: what they and their router are parts of.
         num_experts: N.
     """
 
-    def __init__(self, name: str, module: nn.Module, num_experts: int):
+    def __init__(self, name: str, module: nn.Module, block: nn.Module, num_experts: int):
         self.name = name
         self.module = module
+        self.block = block
         self.num_experts = num_experts
 
     @abstractmethod
@@ -63,6 +66,22 @@ class Experts(ABC):
     @abstractmethod
     def watch(self) -> Any:
         """Context manager that yields a list; every forward inside adds its `Routing`."""
+
+    def router(self, hidden_size: int) -> Tensor:
+        """The router's matrix: ``[N, hidden]``, a row per expert.
+
+        Raises:
+            CalibrationError: no parameter of the block, or several, have that shape.
+        """
+        mine = {id(parameter) for parameter in self.module.parameters()}
+        shape = (self.num_experts, hidden_size)
+        found = [p for p in self.block.parameters() if p.shape == shape and id(p) not in mine]
+        if len(found) != 1:
+            raise CalibrationError(
+                f"{self.name}: {len(found)} matrices of shape {shape} beside the experts; "
+                "expected one, the router's"
+            )
+        return found[0]
 
     def damaged(self) -> str:
         """The first parameter with NaN or infinite values, empty if there is none."""
@@ -104,10 +123,6 @@ class ExpertList(Experts):
     expert u return the u-th unit vector, and what else it adds (shared experts) by making all of
     them return zero. That takes N <= hidden.
     """
-
-    def __init__(self, name: str, module: nn.ModuleList, block: nn.Module):
-        super().__init__(name, module, len(module))
-        self.block = block
 
     def run(self, expert: int, hidden: Tensor) -> Tensor:
         output: Tensor = self.module[expert].forward(hidden)  # type: ignore[index]
@@ -225,14 +240,14 @@ def _search(model: nn.Module) -> _Search:
     search = _Search()
     modules = dict(model.named_modules())
     for name, module in modules.items():
+        block = modules[name.rpartition(".")[0]]
         if name.rpartition(".")[2] != "experts":
             if _num_stacked(module) > 1:
                 search.rejected.append(f"{name}: {_describe(module)}, not named 'experts'")
         elif isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1:
-            block = modules[name.rpartition(".")[0]]
-            search.found.append((name, ExpertList(name, module, block)))
+            search.found.append((name, ExpertList(name, module, block, len(module))))
         elif _num_stacked(module) > 1 and _takes_routing(module):
-            search.found.append((name, FusedExperts(name, module, _num_stacked(module))))
+            search.found.append((name, FusedExperts(name, module, block, _num_stacked(module))))
         else:
             search.rejected.append(f"{name}: {_describe(module)}")
     return search

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -145,6 +147,40 @@ class CKA(Metric):
         return {"cka_tokens": sum(map(len, self._sample))}
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Some tokens: their experts' outputs without the mean over all experts, and their routing.
+
+    Attributes:
+        outputs: float32 ``[block, N, hidden]``, each minus `mean`.
+        mean: float32 ``[block, hidden]``.
+        ids: int64 ``[block, top_k]``.
+        weights: float32 ``[block, top_k]``.
+    """
+
+    outputs: Tensor
+    mean: Tensor
+    ids: Tensor
+    weights: Tensor
+
+    @cached_property
+    def own(self) -> Tensor:
+        """Outputs of each token's own experts: ``[block, top_k, hidden]``."""
+        return self.outputs[torch.arange(len(self.ids), device=self.ids.device)[:, None], self.ids]
+
+    @cached_property
+    def products(self) -> Tensor:
+        """Inner products of a token's own experts u with all experts v: ``[block, top_k, N]``."""
+        return self.own @ self.outputs.mT
+
+    @cached_property
+    def distances(self) -> Tensor:
+        """|E_u - E_v|^2 for a token's own experts u and all v: ``[block, top_k, N]``."""
+        norms = self.outputs.square().sum(dim=2)
+        own = norms.gather(1, self.ids)
+        return (own[:, :, None] + norms[:, None, :] - 2 * self.products).clamp_min(0)
+
+
 class Routed(Metric):
     """1 - the relative error of v in u's place, on the tokens that the router sends to u.
 
@@ -164,44 +200,66 @@ class Routed(Metric):
 
     def update(self, routing: Routing) -> None:
         for outputs, ids, weights in self._blocks(routing):
-            energy = outputs.square().sum(dim=2)  # [N, block]
-            outputs -= outputs.mean(dim=0)
+            self._energy += outputs.square().sum(dim=(1, 2)).double().cpu()
+            mean = outputs.mean(dim=0)
+            outputs -= mean
             self._gram += _gram(outputs)
-            self._energy += energy.sum(dim=1).double().cpu()
-            self._add_routed(outputs, energy, ids, self._squares(weights.float()))
             self._load += torch.bincount(ids.flatten().cpu(), minlength=self.num_experts)
+            block = _Block(outputs.transpose(0, 1), mean, ids, weights.float())
+            cost, drop = self._costs(block)
+            self._error += _by_expert(ids, cost, self.num_experts)
+            self._scale += _by_expert(ids, drop[:, :, None], self.num_experts)[:, 0]
 
-    def _squares(self, weights: Tensor) -> Tensor:
-        """What each slot counts: ``[block, top_k]``."""
-        return weights.square()
-
-    def _add_routed(self, outputs: Tensor, energy: Tensor, ids: Tensor, squares: Tensor) -> None:
-        """Add w_u^2 |E_u - E_v|^2 to row u for every slot (token, u) and every v."""
-        by_token = outputs.transpose(0, 1)  # [block, N, hidden]
-        tokens = torch.arange(len(ids), device=ids.device)[:, None]
-        own = by_token[tokens, ids]  # [block, top_k, hidden]
-        norms = outputs.square().sum(dim=2).T  # [block, N]
-        distances = norms[tokens, ids][:, :, None] + norms[:, None, :] - 2 * own @ by_token.mT
-        weighted = squares[:, :, None] * distances.clamp_min(0)  # [block, top_k, N]
-        error = torch.zeros(
-            self.num_experts, self.num_experts, dtype=torch.float64, device=ids.device
-        )
-        error.index_add_(0, ids.flatten(), weighted.flatten(0, 1).double())
-        scale = torch.zeros(self.num_experts, dtype=torch.float64, device=ids.device)
-        scale.index_add_(0, ids.flatten(), (squares * energy.T.gather(1, ids)).flatten().double())
-        self._error += error.cpu()
-        self._scale += scale.cpu()
+    def _costs(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """What each slot loses with v in its expert's place ``[block, top_k, N]``, and without any
+        expert ``[block, top_k]``."""
+        squares = block.weights.square()
+        drop = squares * (block.own + block.mean[:, None]).square().sum(dim=2)
+        return squares[:, :, None] * block.distances, drop
 
     def matrix(self) -> Tensor:
-        is_measured = self._scale != 0
+        is_measured = ~(self._scale <= 0)  # NaN is measured: it must not be lost
         error = torch.where(is_measured[:, None], self._error, _distances(self._gram).square())
         scale = torch.where(is_measured, self._scale, self._energy)[:, None]
-        similarity = torch.where(scale == 0, LOWEST, 1 - (error / scale).sqrt())
-        return similarity.clamp_min(LOWEST).fill_diagonal_(1)
+        relative = error / scale
+        similarity = 1 - relative.sign() * relative.abs().sqrt()
+        return torch.where(scale == 0, LOWEST, similarity).clamp_min(LOWEST).fill_diagonal_(1)
 
     def notes(self) -> Mapping[str, object]:
         unused = (self._load == 0).nonzero().flatten().tolist()
         return {"experts_without_tokens": unused} if unused else {}
+
+
+class Joint(Routed):
+    """`routed`, given that the token's other secondary experts are replaced too.
+
+    SERE replaces several experts of a token at once, and what counts is how far their sum moves. So
+    the loss of v in u's place is taken with the others' expected loss, each of them replaced by the
+    mean expert M::
+
+        cost[u, v] = sum w_u^2 |E_v - E_u|^2 + 2 w_u <E_v - E_u, r_u>
+        r_u = sum over t != u of w_t (M - E_t), t a secondary expert of the token
+        Sim[u, v] = 1 - sign(e) sqrt|e|, e = cost[u, v] / cost[u, nothing]
+
+    Secondary are all but the one of the highest weight. 0 is as bad as dropping u; above 1 are
+    stand-ins that also make up for what the others lose.
+    """
+
+    def _costs(self, block: _Block) -> tuple[Tensor, Tensor]:
+        weights = block.weights
+        is_primary = torch.zeros_like(weights, dtype=torch.bool)
+        is_primary.scatter_(1, weights.argmax(dim=1, keepdim=True), True)
+        secondary = weights.masked_fill(is_primary, 0)  # [block, top_k]
+        lost = (secondary[:, :, None] * block.own).sum(dim=1)  # [block, hidden]: -r, with u's part
+
+        along = (block.outputs @ lost[:, :, None])[:, None, :, 0]  # <E_v, lost>: [block, 1, N]
+        aligned = along - secondary[:, :, None] * block.products  # <E_v, -r_u>: [block, top_k, N]
+        own = aligned.gather(2, block.ids[:, :, None])  # <E_u, -r_u>
+        mean = (lost[:, None] - secondary[:, :, None] * block.own) @ block.mean[:, :, None]
+
+        cost, drop = super()._costs(block)
+        cost = cost - 2 * weights[:, :, None] * (aligned - own)
+        return cost, drop + 2 * weights * (own + mean)[:, :, 0]
 
 
 class Weights(Metric):
@@ -232,12 +290,31 @@ class Weights(Metric):
         return _finished((gram / norms / norms[:, None] + 1) / 2)
 
 
+class RouterRows(Metric):
+    """(c + 1) / 2, c the cosine between the router's rows of u and v: without any data.
+
+    A router learns to send alike tokens to alike experts, so it knows who they are.
+    """
+
+    needs_tokens = False
+
+    def update(self, routing: Routing) -> None:
+        raise AssertionError("no tokens are needed")
+
+    def matrix(self) -> Tensor:
+        rows = self.experts.router(self.hidden_size).double().cpu()
+        rows = torch.nn.functional.normalize(rows, dim=1, eps=1e-30)
+        return _finished((rows @ rows.T + 1) / 2)
+
+
 METRICS: Mapping[str, type[Metric]] = {
     "frobenius": Frobenius,
     "cosine": Cosine,
     "cka": CKA,
     "routed": Routed,
+    "joint": Joint,
     "weights": Weights,
+    "router": RouterRows,
 }
 
 
@@ -245,6 +322,12 @@ def _gram(outputs: Tensor) -> Tensor:
     """Inner products between experts: float32 ``[N, ...]`` -> float64 ``[N, N]`` on the CPU."""
     flat = outputs.flatten(1)
     return (flat @ flat.T).double().cpu()
+
+
+def _by_expert(ids: Tensor, values: Tensor, num_experts: int) -> Tensor:
+    """Sum of `values` ``[block, top_k, n]`` over the slots of each expert: float64 ``[N, n]``."""
+    sums = torch.zeros(num_experts, values.shape[2], dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, ids.flatten(), values.flatten(0, 1).double()).cpu()
 
 
 def _distances(gram: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .output import Json, clear_errors, console, errors, layer_ids, print_json
 if TYPE_CHECKING:
     from ..calibration.calibrate import Calibration
 
-Metric = Literal["frobenius", "cosine", "cka", "routed", "weights"]
+Metric = Literal["frobenius", "cosine", "cka", "routed", "joint", "weights", "router"]
 
 
 def calibrate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from scripts import make_tiny_models
 from sglang_moe_routing.calibration.calibrate import Calibration
 from sglang_moe_routing.calibration.data import CalibrationText
+from sglang_moe_routing.calibration.metrics import METRICS
 from sglang_moe_routing.calibration.streaming import StreamedModel
 
 VOCABULARY = 1024
@@ -37,16 +39,22 @@ def random_text(num_sequences: int = 5, length: int = 24, seed: int = 0) -> Cali
 
 
 def calibration(
-    folder: Path, out: Path, metric: str = "frobenius", text: CalibrationText | None = None, **more
+    folder: Path,
+    out: Path,
+    metric: str = "frobenius",
+    text: CalibrationText | None = None,
+    *,
+    device: str = "cpu",
+    **options: Any,
 ) -> Calibration:
     """A run of two batches a layer, the second one smaller."""
-    needs_text = metric != "weights"
+    needs_text = METRICS[metric].needs_tokens
     return Calibration(
-        StreamedModel(str(folder), dtype="float32"),
+        StreamedModel(str(folder), dtype="float32", device=device),
         name=folder.name,
         metric=metric,
         out=out,
         text=(text or random_text()) if needs_text else None,
         batch_size=3,
-        **more,
+        **options,
     )

@@ -101,11 +101,34 @@ def routed(layer: Layer) -> Tensor:
     return similarity
 
 
+def joint(layer: Layer) -> Tensor:
+    """Slot by slot: the change of a token's sum with v in u's place, less the change without."""
+    num_experts, num_tokens, _ = layer.outputs.shape
+    mean = layer.outputs.mean(dim=0)
+    cost = torch.zeros(num_experts, num_experts + 1, dtype=torch.float64)  # last: no expert
+    for token in range(num_tokens):
+        weights = layer.weights[token]
+        used = weights.nonzero().flatten().tolist()
+        first = int(weights.argmax())
+        outputs = layer.outputs[:, token]
+        instead = torch.cat([outputs, torch.zeros_like(outputs[:1])])
+        for u in used:
+            others = [t for t in used if t not in (u, first)]
+            rest = sum((weights[t] * (mean[token] - outputs[t]) for t in others), 0 * mean[token])
+            moved = weights[u] * (instead - outputs[u]) + rest
+            cost[u] += moved.square().sum(dim=1) - rest.square().sum()
+    relative = cost[:, :-1] / cost[:, -1:]
+    similarity = 1 - relative.sign() * relative.abs().sqrt()
+    is_used = (layer.weights > 0).any(dim=0)
+    return torch.where(is_used[:, None], similarity, routed(layer))
+
+
 METRICS: Mapping[str, Callable[[Layer], Tensor]] = {
     "frobenius": frobenius,
     "cosine": cosine,
     "cka": cka,
     "routed": routed,
+    "joint": joint,
 }
 
 

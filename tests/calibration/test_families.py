@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scripts import make_tiny_models
@@ -55,13 +57,14 @@ def test_small_blocks_of_tokens_give_the_same(
         torch.testing.assert_close(load_artifact(cut).matrices[layer], matrix, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("metric", ["weights", "router"])
 @pytest.mark.parametrize("family", make_tiny_models.FAMILIES)
-def test_weights_need_no_text(tiny: Tiny, family: str, tmp_path: Path) -> None:
+def test_some_metrics_need_no_text(tiny: Tiny, family: str, metric: str, tmp_path: Path) -> None:
     """The same matrix each time; other layers' experts give another one."""
     folder, out = tiny(family), tmp_path / "similarity.safetensors"
-    calibration(folder, out, "weights").run()
+    calibration(folder, out, metric).run()
     first = load_artifact(out)
-    calibration(folder, tmp_path / "again.safetensors", "weights").run()
+    calibration(folder, tmp_path / "again.safetensors", metric).run()
     again = load_artifact(tmp_path / "again.safetensors")
     assert first.layers == make_tiny_models.moe_layers(folder)
     matrices = [first.matrices[layer] for layer in first.layers]
@@ -69,12 +72,23 @@ def test_weights_need_no_text(tiny: Tiny, family: str, tmp_path: Path) -> None:
     assert not torch.allclose(matrices[0], matrices[1])
 
 
+@pytest.mark.parametrize("family", make_tiny_models.FAMILIES)
+def test_router_is_the_cosine_of_the_routers_rows(tiny: Tiny, family: str, tmp_path: Path) -> None:
+    folder, out = tiny(family), tmp_path / "similarity.safetensors"
+    calibration(folder, out, "router").run()
+    stored = load_file(folder / "model.safetensors")
+    for layer, matrix in load_artifact(out).matrices.items():
+        rows = next(
+            tensor.double()
+            for name, tensor in stored.items()
+            if f".{layer}." in name and name.endswith(("gate.weight", "router.weight"))
+        )
+        expected = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=2)
+        assert_close(matrix, (expected + 1) / 2)
+
+
 def test_weights_do_not_depend_on_the_order_of_neurons(tiny: Tiny, tmp_path: Path) -> None:
     """Permuting an expert's inner neurons changes nothing that it computes."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "permuted"
     shutil.copytree(tiny("qwen3_moe"), folder)
     tensors = load_file(folder / "model.safetensors")

@@ -160,7 +160,7 @@ def changed(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor
     return folder
 
 
-@pytest.mark.parametrize("metric", ["frobenius", "cosine", "cka", "routed", "weights"])
+@pytest.mark.parametrize("metric", ["frobenius", "cosine", "cka", "routed", "joint", "weights"])
 def test_nan_weights_are_named(tiny: Tiny, tmp_path: Path, out: Path, metric: str) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.experts.5.down_proj.weight"][3, 4] = torch.nan
