@@ -484,12 +484,15 @@ def sample_text(corpus: dict[str, list[str]], excerpts: int, chars: int) -> str:
     return "\n\n".join(cut for cut in cuts if len(cut) >= 200) + "\n"
 
 
-def write_calibration_text(corpus: dict[str, list[str]], folder: Path) -> None:
-    """For `calibrate`: calibration.txt of all domains in turn, calibration-DOMAIN.txt of one."""
-    (folder / "calibration.txt").write_text(sample_text(corpus, 40, 2000))
-    for domain, texts in corpus.items():
+def write_texts(corpus: dict[str, dict[str, list[str]]], folder: Path) -> None:
+    """For `calibrate`: calibration.txt of all domains in turn, calibration-DOMAIN.txt of one. For
+    measuring: heldout-DOMAIN.txt."""
+    (folder / "calibration.txt").write_text(sample_text(corpus["train"], 40, 2000))
+    for domain, texts in corpus["train"].items():
         one = sample_text({domain: texts}, 200, 2000)
         (folder / f"calibration-{domain}.txt").write_text(one)
+    for domain, texts in corpus["held_out"].items():
+        (folder / f"heldout-{domain}.txt").write_text("\n\n".join(texts))
 
 
 def main() -> None:
@@ -511,7 +514,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     corpus = build_corpus(args.work_dir)
-    write_calibration_text(corpus["train"], args.work_dir)
+    write_texts(corpus, args.work_dir)
     args.heldout.parent.mkdir(parents=True, exist_ok=True)
     args.heldout.write_text(sample_text(corpus["held_out"], 8, 1500))
     if args.text_only:

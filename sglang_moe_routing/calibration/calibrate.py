@@ -111,18 +111,16 @@ class Calibration:
                 the model's experts do not add up to what the model computes; a weight is NaN.
             ArtifactError: a matrix is not a similarity (a bug of ours).
         """
-        if restart:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._prepare_folder(restart)
         done = self._resume()
         states = self._first_states(done)
         for step in self._steps():
             if step in done:
                 report(step, self._num_batches, self._num_batches)
                 continue
-            states = self._run_layer(step, states, report)
+            self._run_layer(step, states, report)
             self._keep(step, states)
-        artifact = self._artifact()
-        save_artifact(artifact, self.out)
+        save_artifact(self._artifact(), self.out)
         shutil.rmtree(self._folder)
 
     # --- one layer -----------------------------------------------------------------------------
@@ -136,22 +134,21 @@ class Calibration:
         return 1 if self.text is None else -(-len(self.text.token_ids) // self.batch_size)
 
     @torch.no_grad()
-    def _run_layer(self, layer: int, states: list[Tensor], report: Report) -> list[Tensor]:
+    def _run_layer(self, layer: int, states: list[Tensor], report: Report) -> None:
+        """Replace the hidden states before the layer by those after it; write its matrix."""
         timings = self.timings.setdefault(layer, Timings())
-        outputs: list[Tensor] = []
         started = time.perf_counter()
         with self.model.loaded(layer):
             timings.load = time.perf_counter() - started
             metric = self._metric(layer)
             report(layer, 0, self._num_batches)
             for batch, state in enumerate(states):
-                outputs.append(self._run_batch(layer, state, metric, timings, is_first=batch == 0))
+                states[batch] = self._run_batch(layer, state, metric, timings, is_first=batch == 0)
                 report(layer, batch + 1, self._num_batches)
             if metric is not None:
                 with timings.measure("similarity"):
                     self._write_matrix(layer, metric)
             report(layer, self._num_batches, self._num_batches)
-        return outputs
 
     def _metric(self, layer: int) -> Metric | None:
         if layer not in self._wanted:
@@ -200,15 +197,23 @@ class Calibration:
             "versions": {name: metadata.version(name) for name in _PACKAGES},
         }
 
+    def _prepare_folder(self, restart: bool) -> None:
+        """Make the folder of partial results, or find it; never delete what is not ours."""
+        is_ours = (self._folder / _STATE).is_file()
+        if is_ours and restart:
+            shutil.rmtree(self._folder)
+        elif not is_ours and self._folder.exists() and any(self._folder.iterdir()):
+            raise CalibrationError(
+                f"{self._folder} is there, but holds no interrupted run; move it or choose another "
+                "--out"
+            )
+        if restart or not is_ours:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._write_state(None)
+
     def _resume(self) -> Collection[int]:
         """Layers that are finished."""
-        state = self._folder / _STATE
-        if not state.is_file():
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir(parents=True)
-            self._write_state(None)
-            return ()
-        found = json.loads(state.read_text())
+        found = json.loads((self._folder / _STATE).read_text())
         mine = self._settings()
         differing = [key for key in mine if found["settings"].get(key) != mine[key]]
         if differing:
@@ -230,13 +235,14 @@ class Calibration:
                 stored = load_file(self._hidden_file(max(done)))
             except (OSError, SafetensorError) as error:
                 raise CalibrationError(f"{self._folder}: damaged, add --restart: {error}") from None
-            return list(stored["hidden"].split(self.batch_size))
+            return [stored[name] for name in sorted(stored)]
         return list(self.model.embed(self.text.token_ids.split(self.batch_size)))
 
     def _keep(self, layer: int, states: list[Tensor]) -> None:
         """Everything up to `layer` is finished: say so after its files are there."""
         if states:
-            _write({"hidden": torch.cat(states)}, self._hidden_file(layer), {})
+            batches = {f"batch-{i:06}": state for i, state in enumerate(states)}
+            _write(batches, self._hidden_file(layer), {})
         self._write_state(layer)
         for file in self._folder.glob(_HIDDEN.format("*")):
             if file != self._hidden_file(layer):

@@ -176,7 +176,7 @@ class _Block:
     @cached_property
     def distances(self) -> Tensor:
         """|E_u - E_v|^2 for a token's own experts u and all v: ``[block, top_k, N]``."""
-        norms = self.outputs.square().sum(dim=2)
+        norms = _norms(self.outputs, (2,))
         own = norms.gather(1, self.ids)
         return (own[:, :, None] + norms[:, None, :] - 2 * self.products).clamp_min(0)
 
@@ -200,7 +200,7 @@ class Routed(Metric):
 
     def update(self, routing: Routing) -> None:
         for outputs, ids, weights in self._blocks(routing):
-            self._energy += outputs.square().sum(dim=(1, 2)).double().cpu()
+            self._energy += _norms(outputs, (1, 2)).double().cpu()
             mean = outputs.mean(dim=0)
             outputs -= mean
             self._gram += _gram(outputs)
@@ -214,7 +214,7 @@ class Routed(Metric):
         """What each slot loses with v in its expert's place ``[block, top_k, N]``, and without any
         expert ``[block, top_k]``."""
         squares = block.weights.square()
-        drop = squares * (block.own + block.mean[:, None]).square().sum(dim=2)
+        drop = squares * _norms(block.own + block.mean[:, None], (2,))
         return squares[:, :, None] * block.distances, drop
 
     def matrix(self) -> Tensor:
@@ -322,6 +322,11 @@ def _gram(outputs: Tensor) -> Tensor:
     """Inner products between experts: float32 ``[N, ...]`` -> float64 ``[N, N]`` on the CPU."""
     flat = outputs.flatten(1)
     return (flat @ flat.T).double().cpu()
+
+
+def _norms(outputs: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Sums of squares over `dim`, without a copy of `outputs` on the way."""
+    return torch.linalg.vector_norm(outputs, dim=dim).square()
 
 
 def _by_expert(ids: Tensor, values: Tensor, num_experts: int) -> Tensor:

@@ -276,7 +276,7 @@ def _open_slices(
         for key in keys:
             file = stored[key].file
             if file not in files:
-                opened: Any = safe_open(str(file), framework="pt")
+                opened: Any = safe_open(str(file), framework="pt", backend="pread")
                 files[file] = opened.__enter__()
             slices[key] = files[file].get_slice(key)
         yield slices

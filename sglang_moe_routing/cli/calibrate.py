@@ -36,6 +36,9 @@ def calibrate(
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of sequences.")] = 0,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds text.")] = "text",
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in the artifact; MODEL's if absent.")
+    ] = None,
     layers: Annotated[
         str | None, typer.Option(metavar="LIST", help="MoE layers, such as 0-3,7; all by default.")
     ] = None,
@@ -90,7 +93,7 @@ def calibrate(
 
         run = Calibration(
             streamed,
-            name=model.rstrip("/").rpartition("/")[2] if Path(model).is_dir() else model,
+            name=name or (Path(model).resolve().name if Path(model).is_dir() else model),
             metric=metric,
             out=out,
             text=text,
@@ -209,4 +212,5 @@ def _print(summary: dict[str, Any]) -> None:
         f"{summary['file']}: {summary['metric']}, {len(summary['layers'])} layers of "
         f"{summary['num_experts']} experts",
         highlight=False,
+        soft_wrap=True,
     )

@@ -70,6 +70,17 @@ def test_a_run_of_other_settings_does_not_go_on(tiny: Tiny, out: Path) -> None:
     assert load_artifact(out).metric == "routed"
 
 
+def test_a_folder_of_somebody_else_is_kept(tiny: Tiny, out: Path) -> None:
+    """Whatever lies under the name of the partial results, also with --restart."""
+    folder = out.with_name(f"{out.name}.partial")
+    folder.mkdir()
+    (folder / "thesis.txt").touch()
+    for restart in (False, True):
+        with pytest.raises(CalibrationError, match="holds no interrupted run; move it"):
+            calibration(tiny("qwen3_moe"), out).run(restart=restart)
+    assert (folder / "thesis.txt").exists()
+
+
 def test_a_damaged_state_is_named(tiny: Tiny, out: Path) -> None:
     with pytest.raises(InterruptedRunError):
         calibration(tiny("qwen3_moe"), out).run(interrupt_in(1))

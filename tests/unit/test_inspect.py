@@ -320,7 +320,7 @@ def test_the_command_describes_the_demos_artifact() -> None:
     found = shown(ARTIFACT, "--rho", "0,0.25")
     assert (found["metric"], found["model"]) == ("frobenius", "moe-routing-demo")
     assert (found["num_experts"], found["comparison"]) == (64, None)
-    assert found["details"]["calibration_tokens"] == 51200
+    assert found["details"]["text"]["tokens"] == 51200
     assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2, 3]
     first = found["layers"][0]
     assert list(first["quantiles"]) == ["min", "p05", "median", "p95", "max"]
