@@ -326,7 +326,8 @@ def _gram(outputs: Tensor) -> Tensor:
 
 def _norms(outputs: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Sums of squares over `dim`, without a copy of `outputs` on the way."""
-    return torch.linalg.vector_norm(outputs, dim=dim).square()
+    norms: Tensor = torch.linalg.vector_norm(outputs, dim=dim)
+    return norms.square()
 
 
 def _by_expert(ids: Tensor, values: Tensor, num_experts: int) -> Tensor:

@@ -117,6 +117,17 @@ def test_a_truncated_file(tmp_path: Path) -> None:
         read_headers(tmp_path)
 
 
+def test_models_of_the_hub_are_found_in_its_cache(tmp_path: Path) -> None:
+    """As the hub's own library lays them out; nothing is fetched."""
+    folder = tmp_path / "models--team--tiny"
+    snapshot = single(folder / "snapshots" / "0123abcd", tensors())
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123abcd")
+    found = find_checkpoint("team/tiny", cache=str(tmp_path))
+    assert found == snapshot
+    assert fingerprint(read_headers(found)) == fingerprint(read_headers(snapshot))
+
+
 def test_models_that_are_nowhere(tmp_path: Path) -> None:
     assert find_checkpoint(str(tmp_path)) == tmp_path
     (tmp_path / "file").touch()
