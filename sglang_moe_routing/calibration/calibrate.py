@@ -177,7 +177,9 @@ class Calibration:
         matrix = metric.matrix()
         if not bool(torch.isfinite(matrix).all()):
             damaged = metric.experts.damaged()
-            cause = f"{damaged} has NaN or infinite values" if damaged else "an output overflows"
+            cause = (
+                f"{damaged or 'not a parameter, but what it is given'} has NaN or infinite values"
+            )
             raise CalibrationError(f"{self.name}: layer {layer} has no similarity: {cause}")
         notes = {"notes": json.dumps(metric.notes())}
         _write({"similarity": matrix.to(self.dtype)}, self._matrix_file(layer), notes)

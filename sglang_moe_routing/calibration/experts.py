@@ -84,10 +84,11 @@ class Experts(ABC):
         return found[0]
 
     def damaged(self) -> str:
-        """The first parameter with NaN or infinite values, empty if there is none."""
-        for name, parameter in self.module.named_parameters():
+        """The block's first parameter with NaN or infinite values, empty if there is none."""
+        block = self.name.rpartition(".")[0]
+        for name, parameter in self.block.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
-                return f"{self.name}.{name}"
+                return f"{block}.{name}"
         return ""
 
 

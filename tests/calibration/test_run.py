@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,13 +172,25 @@ def changed(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor
     return folder
 
 
-@pytest.mark.parametrize("metric", ["frobenius", "cosine", "cka", "routed", "joint", "weights"])
-def test_nan_weights_are_named(tiny: Tiny, tmp_path: Path, out: Path, metric: str) -> None:
+@pytest.mark.parametrize(
+    ("metric", "name", "reported"),
+    [
+        *(
+            (metric, "mlp.experts.5.down_proj.weight", "model.layers.1.mlp.experts.down_proj")
+            for metric in ("frobenius", "cosine", "cka", "routed", "joint", "weights")
+        ),
+        ("router", "mlp.gate.weight", "model.layers.1.mlp.gate.weight"),
+        ("cosine", "self_attn.q_proj.weight", "not a parameter, but what it is given"),
+    ],
+)
+def test_nan_weights_are_named(
+    tiny: Tiny, tmp_path: Path, out: Path, metric: str, name: str, reported: str
+) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.mlp.experts.5.down_proj.weight"][3, 4] = torch.nan
+        tensors[f"model.layers.1.{name}"][3, 4] = torch.nan
 
     folder = changed(tiny("qwen3_moe"), tmp_path / "nan", damage)
-    message = r"layer 1 has no similarity: model\.layers\.1\.mlp\.experts\.down_proj has NaN"
+    message = f"layer 1 has no similarity: {re.escape(reported)} has NaN or infinite values"
     with pytest.raises(CalibrationError, match=message):
         calibration(folder, out, metric).run()
     assert not out.exists()
