@@ -83,11 +83,19 @@ def _sequences(
 ) -> Tensor:
     """Up to `wanted` sequences: int64 ``[n, length]``."""
     path = Path(source).expanduser()
+    if not path.is_file() and (path.exists() or _is_meant_as_file(source, path)):
+        raise CalibrationError(f"{source}: no such file")
     if path.is_file() and path.suffix.lower() not in LOADERS:
         return _draw(_cut(_encode(tokenizer, [_read(path)]), length), wanted, seed)
     documents = _documents(source, path, seed, column)
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return _cut(_encode(tokenizer, documents, ends, enough=wanted * length), length)[:wanted]
+
+
+def _is_meant_as_file(source: str, path: Path) -> bool:
+    """Asking the hub for it would take half a minute to fail on a machine without network."""
+    has_suffix = path.suffix.lower() in {".txt", ".md", *LOADERS}
+    return has_suffix or source.count("/") > 1 or source.startswith((".", "/", "~"))
 
 
 def _read(path: Path) -> str:

@@ -90,7 +90,7 @@ def test_model_folders_are_kept_clean(tiny: Tiny, tmp_path: Path) -> None:
         (["--data", TEXT, "--layers", "0,9", *SMALL], "layer 9 of olmoe has no routed experts"),
         (["--data", TEXT, "--device", "cuda:77"], "--device cuda:77: cannot be used"),
         (["--data", TEXT, "--device", "gpu"], "--device gpu: cannot be used"),
-        (["--data", "no.txt"], "no.txt: cannot be read"),
+        (["--data", "no.txt"], "no.txt: no such file"),
         (["--data", TEXT, "--num-sequences", "9999"], "heldout.txt: holds"),
     ],
 )

@@ -115,6 +115,17 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         read([broken])
 
 
+@pytest.mark.parametrize("name", ["no.txt", "no.JSONL", "./no", "a/b/c", "~/no"])
+def test_a_file_that_is_not_there_is_not_looked_for_elsewhere(name: str) -> None:
+    with pytest.raises(CalibrationError, match=f"{name}: no such file"):
+        read([name])
+
+
+def test_a_folder_is_no_source(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="no such file"):
+        read([tmp_path])
+
+
 def test_a_name_that_is_neither_file_nor_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(CalibrationError, match="neither a file nor a data set that can be reached"):
