@@ -154,7 +154,7 @@ class Calibration:
         if layer not in self._wanted:
             return None
         num_tokens = 0 if self.text is None else self.text.token_ids.numel()
-        experts = self.model.moe_layers[layer].experts
+        experts = self.model.moe_layers[layer]
         return METRICS[self.metric](experts, self.model.hidden_size, num_tokens)
 
     def _run_batch(
@@ -215,7 +215,8 @@ class Calibration:
 
     def _resume(self) -> Collection[int]:
         """Layers that are finished."""
-        found = json.loads((self._folder / _STATE).read_text())
+        with self._naming_damage():
+            found = json.loads((self._folder / _STATE).read_text())
         mine = self._settings()
         differing = [key for key in mine if found["settings"].get(key) != mine[key]]
         if differing:
@@ -233,12 +234,17 @@ class Calibration:
         if self.text is None:
             return []
         if done:
-            try:
+            with self._naming_damage():
                 stored = load_file(self._hidden_file(max(done)))
-            except (OSError, SafetensorError) as error:
-                raise CalibrationError(f"{self._folder}: damaged, add --restart: {error}") from None
             return [stored[name] for name in sorted(stored)]
         return list(self.model.embed(self.text.token_ids.split(self.batch_size)))
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CalibrationError(f"{self._folder}: damaged, add --restart: {error}") from None
 
     def _keep(self, layer: int, states: list[Tensor]) -> None:
         """Everything up to `layer` is finished: say so after its files are there."""
@@ -266,7 +272,8 @@ class Calibration:
     def _artifact(self) -> SimilarityArtifact:
         matrices, notes = {}, {}
         for layer in self._wanted:
-            matrices[layer], note = _read_matrix(self._matrix_file(layer))
+            with self._naming_damage():
+                matrices[layer], note = _read_matrix(self._matrix_file(layer))
             if note:
                 notes[str(layer)] = note
         return SimilarityArtifact(

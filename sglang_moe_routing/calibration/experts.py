@@ -185,26 +185,18 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-@dataclass(frozen=True)
-class MoeLayer:
-    """One decoder layer that has routed experts."""
-
-    layer: int
-    experts: Experts
-
-
 @dataclass
 class _Search:
     found: list[tuple[str, Experts]] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
 
 
-def find_moe_layers(model: nn.Module) -> tuple[str, dict[int, MoeLayer]]:
+def find_moe_layers(model: nn.Module) -> tuple[str, dict[int, Experts]]:
     """Where the decoder layers are, and the MoE layers among them by layer id.
 
     Returns:
-        The name of the ``nn.ModuleList`` of decoder layers, such as ``model.layers``, and the MoE
-        layers in order.
+        The name of the ``nn.ModuleList`` of decoder layers, such as ``model.layers``, and the
+        routed experts by layer id, in order.
 
     Raises:
         CalibrationError: there are no experts, or they are of a structure that is not known.
@@ -222,16 +214,15 @@ def find_moe_layers(model: nn.Module) -> tuple[str, dict[int, MoeLayer]]:
     stacks = {name: _stack_of(model, name) for name, _ in search.found}
     if len({stack for stack, _ in stacks.values()}) != 1 or "" in dict(stacks.values()):
         raise CalibrationError(f"{kind}: experts lie outside one stack of layers: {list(stacks)}")
-    layers: dict[int, MoeLayer] = {}
+    layers: dict[int, Experts] = {}
     for name, experts in search.found:
         _, layer = stacks[name]
         if layer in layers:
             raise CalibrationError(
-                f"{kind}: layer {layer} has two sets of experts: "
-                f"{layers[layer].experts.name}, {name}"
+                f"{kind}: layer {layer} has two sets of experts: {layers[layer].name}, {name}"
             )
-        layers[layer] = MoeLayer(layer, experts)
-    sizes = {moe.experts.num_experts for moe in layers.values()}
+        layers[layer] = experts
+    sizes = {experts.num_experts for experts in layers.values()}
     if len(sizes) != 1:
         raise CalibrationError(f"{kind}: layers differ in their number of experts: {sorted(sizes)}")
     return next(iter(stacks.values()))[0], dict(sorted(layers.items()))

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..checkpoint import StoredTensor, find_checkpoint, fingerprint, read_headers
+from ..checkpoint import Fingerprint, StoredTensor, find_checkpoint, fingerprint, read_headers
 from ..errors import CalibrationError
 from .experts import find_moe_layers
 
@@ -32,7 +32,7 @@ class StreamedModel:
     """A transformers causal language model of which one layer at a time is in memory.
 
     Attributes:
-        moe_layers: the MoE layers by layer id.
+        moe_layers: the routed experts by layer id.
         architecture: name of the model's class.
         dtype: of weights and hidden states.
     """
@@ -72,15 +72,11 @@ class StreamedModel:
         self._load_outside()
 
     @property
-    def num_layers(self) -> int:
-        return len(self._layers)
-
-    @property
     def hidden_size(self) -> int:
         return int(self._model.get_input_embeddings().weight.shape[1])
 
-    def fingerprint(self) -> Any:
-        """`checkpoint.Fingerprint` of the weights."""
+    def fingerprint(self) -> Fingerprint:
+        """Of the weights."""
         return fingerprint(self._stored)
 
     def embed(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -257,7 +253,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -268,8 +264,8 @@ def _parameters_on_meta() -> Iterator[None]:
 def _open_slices(
     stored: Mapping[str, StoredTensor], keys: Iterable[str]
 ) -> Iterator[dict[str, Any]]:
-    """Tensors of the checkpoint by name, read when they are indexed. Files are closed at the end:
-    pages of an open file would count as this process's memory."""
+    """Tensors of the checkpoint by name, read when they are indexed. By pread: the pages of a
+    mapped file would count as this process's memory."""
     files: dict[Path, Any] = {}
     try:
         slices = {}

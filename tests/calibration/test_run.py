@@ -82,13 +82,15 @@ def test_a_folder_of_somebody_else_is_kept(tiny: Tiny, out: Path) -> None:
     assert (folder / "thesis.txt").exists()
 
 
-def test_a_damaged_state_is_named(tiny: Tiny, out: Path) -> None:
+@pytest.mark.parametrize("name", ["run.json", "hidden-0.safetensors", "layer-0.safetensors"])
+def test_a_damaged_state_is_named(tiny: Tiny, out: Path, name: str) -> None:
     with pytest.raises(InterruptedRunError):
         calibration(tiny("qwen3_moe"), out).run(interrupt_in(1))
-    state = out.with_name(f"{out.name}.partial") / "hidden-0.safetensors"
+    state = out.with_name(f"{out.name}.partial") / name
     state.write_bytes(state.read_bytes()[:-10])
     with pytest.raises(CalibrationError, match=r"partial: damaged, add --restart"):
         calibration(tiny("qwen3_moe"), out).run()
+    assert not out.exists()
 
 
 def test_chosen_layers_alone_are_made(tiny: Tiny, out: Path) -> None:
