@@ -24,9 +24,9 @@ from transformers import AutoTokenizer
 
 from sglang_moe_routing.bench.machine import describe_machine
 from sglang_moe_routing.calibration.calibrate import Calibration
-from sglang_moe_routing.calibration.data import read_text
 from sglang_moe_routing.calibration.streaming import StreamedModel
 from sglang_moe_routing.checkpoint import read_headers
+from sglang_moe_routing.text import read_text
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "bench" / "calibration.json"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

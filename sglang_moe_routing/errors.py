@@ -27,6 +27,10 @@ class CalibrationError(RoutingError, ValueError):
     """Similarity matrices cannot be computed from this model or this text."""
 
 
+class TextError(RoutingError, ValueError):
+    """A text or its tokenizer cannot be read, or the text is too short."""
+
+
 class RoutingRequestError(RoutingError, ValueError):
     """A client asked for a policy that it cannot have. Answered with HTTP 400."""
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..artifacts import SimilarityArtifact, save_artifact
 from ..errors import CalibrationError
-from .data import CalibrationText
+from ..text import TokenizedText
 from .experts import Experts, Routing
 from .metrics import METRICS, Metric
 from .streaming import StreamedModel
@@ -77,7 +77,7 @@ class Calibration:
     name: str
     metric: str
     out: Path
-    text: CalibrationText | None = None
+    text: TokenizedText | None = None
     layers: Collection[int] | None = None
     batch_size: int = 8
     dtype: torch.dtype = torch.float32

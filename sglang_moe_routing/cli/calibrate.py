@@ -67,9 +67,9 @@ def calibrate(
         _check_out(out, overwrite)
         wanted = None if layers is None else layer_ids(layers)
         from ..calibration.calibrate import Calibration  # imports transformers
-        from ..calibration.data import read_text
         from ..calibration.metrics import METRICS as COMPUTED
         from ..calibration.streaming import StreamedModel
+        from ..text import load_tokenizer, read_text
 
         needs_text = COMPUTED[metric].needs_tokens
         if needs_text and not data:
@@ -83,7 +83,7 @@ def calibrate(
         if data:
             text = read_text(
                 data,
-                _tokenizer(streamed.folder, trust_remote_code),
+                load_tokenizer(streamed.folder, trust_remote_code),
                 num_sequences=num_sequences,
                 sequence_length=seq_len,
                 seed=seed,
@@ -143,15 +143,6 @@ def _device(name: str) -> str:
         reason = str(error).partition("\n")[0]
         raise CalibrationError(f"--device {name}: cannot be used: {reason}") from None
     return name
-
-
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(f"{folder}: no usable tokenizer: {error}") from None
 
 
 @contextmanager

@@ -11,9 +11,9 @@ import torch
 
 from scripts import make_tiny_models
 from sglang_moe_routing.calibration.calibrate import Calibration
-from sglang_moe_routing.calibration.data import CalibrationText
 from sglang_moe_routing.calibration.metrics import METRICS
 from sglang_moe_routing.calibration.streaming import StreamedModel
+from sglang_moe_routing.text import TokenizedText
 
 VOCABULARY = 1024
 
@@ -32,17 +32,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-def random_text(num_sequences: int = 5, length: int = 24, seed: int = 0) -> CalibrationText:
+def random_text(num_sequences: int = 5, length: int = 24, seed: int = 0) -> TokenizedText:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY, (num_sequences, length), generator=generator)
-    return CalibrationText(ids, ("random",), seed)
+    return TokenizedText(ids, ("random",), seed)
 
 
 def calibration(
     folder: Path,
     out: Path,
     metric: str = "frobenius",
-    text: CalibrationText | None = None,
+    text: TokenizedText | None = None,
     *,
     device: str = "cpu",
     **options: Any,

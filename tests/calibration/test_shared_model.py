@@ -14,7 +14,7 @@ import torch
 
 from scripts import similarity_study
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.calibration.data import CalibrationText
+from sglang_moe_routing.text import TokenizedText
 from tests.calibration import direct
 from tests.calibration.conftest import calibration
 
@@ -26,14 +26,14 @@ ACTIVE_TOLERANCE = 0.3
 
 
 @pytest.fixture(scope="module")
-def text() -> CalibrationText:
+def text() -> TokenizedText:
     """The tokens that the recorded matrices were made from."""
     tokens = np.load(MODELS / "oracle_sim_A.npz")["tokens"]
-    return CalibrationText(torch.from_numpy(tokens), ("calib_A.txt",), 0)
+    return TokenizedText(torch.from_numpy(tokens), ("calib_A.txt",), 0)
 
 
 @pytest.fixture(scope="module")
-def artifact(text: CalibrationText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(text: TokenizedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shared") / "frobenius.safetensors"
     calibration(MODELS / "A", out, "frobenius", text).run()
     return out
@@ -49,10 +49,10 @@ def test_frobenius_is_what_was_recorded(artifact: Path) -> None:
 
 @pytest.mark.parametrize("metric", ["frobenius", "routed"])
 def test_artifacts_equal_the_direct_computation(
-    text: CalibrationText, tmp_path: Path, metric: str
+    text: TokenizedText, tmp_path: Path, metric: str
 ) -> None:
     """In float64 with the whole model in memory, on 384 tokens."""
-    few = CalibrationText(text.token_ids[:3], text.sources, 0)
+    few = TokenizedText(text.token_ids[:3], text.sources, 0)
     out = tmp_path / "similarity.safetensors"
     calibration(MODELS / "A", out, metric, few).run()
     expected = direct.run_whole_model(MODELS / "A", few.token_ids)

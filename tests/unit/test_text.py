@@ -10,8 +10,8 @@ import pandas
 import pytest
 import torch
 
-from sglang_moe_routing.calibration.data import CalibrationText, read_text
-from sglang_moe_routing.errors import CalibrationError
+from sglang_moe_routing.errors import TextError
+from sglang_moe_routing.text import TokenizedText, read_text
 
 LENGTH = 8
 
@@ -26,14 +26,14 @@ class Letters:
         return {"input_ids": [ord(character) for character in text]}
 
 
-def read(sources: list[Path | str], num_sequences: int = 4, **options: Any) -> CalibrationText:
+def read(sources: list[Path | str], num_sequences: int = 4, **options: Any) -> TokenizedText:
     names = [str(source) for source in sources]
     return read_text(
         names, Letters(), num_sequences=num_sequences, sequence_length=LENGTH, **options
     )
 
 
-def texts(text: CalibrationText) -> list[str]:
+def texts(text: TokenizedText) -> list[str]:
     return ["".join(map(chr, row)) for row in text.token_ids.tolist()]
 
 
@@ -87,46 +87,46 @@ def test_another_column_may_hold_the_text(tmp_path: Path) -> None:
     path = tmp_path / "documents.jsonl"
     path.write_text(json.dumps({"id": 1, "body": "x" * 100}) + "\n")
     assert texts(read([path], column="body")) == ["x" * LENGTH] * 4
-    with pytest.raises(CalibrationError, match=r"column 'text' holds no text; columns: id, body"):
+    with pytest.raises(TextError, match=r"column 'text' holds no text; columns: id, body"):
         read([path])
 
 
 def test_too_little_text_says_how_much_there_is(prose: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"prose\.txt: holds 20 sequences of 8 .* 21 are"):
+    with pytest.raises(TextError, match=r"prose\.txt: holds 20 sequences of 8 .* 21 are"):
         read([prose], num_sequences=21)
     prose.write_text("")
-    with pytest.raises(CalibrationError, match=r"holds 0 sequences"):
+    with pytest.raises(TextError, match=r"holds 0 sequences"):
         read([prose])
 
 
 def test_fewer_sequences_than_sources_are_refused(prose: Path) -> None:
-    with pytest.raises(CalibrationError, match="1 sequences from 2 sources"):
+    with pytest.raises(TextError, match="1 sequences from 2 sources"):
         read([prose, prose], num_sequences=1)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     binary = tmp_path / "text.txt"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CalibrationError, match=r"text\.txt: not UTF-8"):
+    with pytest.raises(TextError, match=r"text\.txt: not UTF-8"):
         read([binary])
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"\n{{{')
-    with pytest.raises(CalibrationError, match=r"broken\.jsonl: cannot be read"):
+    with pytest.raises(TextError, match=r"broken\.jsonl: cannot be read"):
         read([broken])
 
 
 @pytest.mark.parametrize("name", ["no.txt", "no.JSONL", "./no", "a/b/c", "~/no"])
 def test_a_file_that_is_not_there_is_not_looked_for_elsewhere(name: str) -> None:
-    with pytest.raises(CalibrationError, match=f"{name}: no such file"):
+    with pytest.raises(TextError, match=f"{name}: no such file"):
         read([name])
 
 
 def test_a_folder_is_no_source(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="no such file"):
+    with pytest.raises(TextError, match="no such file"):
         read([tmp_path])
 
 
 def test_a_name_that_is_neither_file_nor_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(CalibrationError, match="neither a file nor a data set that can be reached"):
+    with pytest.raises(TextError, match="neither a file nor a data set that can be reached"):
         read(["nobody/no-such-data"])

@@ -1,4 +1,4 @@
-"""Calibration text: sequences of equal length, drawn by seed, in equal parts from every source."""
+"""Text to calibrate or evaluate on: equally long sequences, in equal parts from every source."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
+from .errors import TextError
 
 LOADERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 SHUFFLE_BUFFER = 10_000
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """What a model is calibrated on.
+class TokenizedText:
+    """What a model is calibrated or evaluated on.
 
     Attributes:
         token_ids: int64 ``[num_sequences, sequence_length]``.
@@ -38,6 +38,20 @@ class CalibrationText:
         return hashlib.sha256(self.token_ids.numpy().tobytes()).hexdigest()
 
 
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        TextError: there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise TextError(f"{folder}: no usable tokenizer: {error}") from None
+
+
 def read_text(
     sources: Sequence[str],
     tokenizer: Any,
@@ -46,7 +60,7 @@ def read_text(
     sequence_length: int = 128,
     seed: int = 0,
     column: str = "text",
-) -> CalibrationText:
+) -> TokenizedText:
     """Tokenise sources and draw sequences from them.
 
     A text file is cut into sequences, of which some are drawn. Documents (of a JSONL or Parquet
@@ -60,22 +74,22 @@ def read_text(
         column: which column of a table holds the text.
 
     Raises:
-        CalibrationError: a source cannot be read or is too short; the message says by how much.
+        TextError: a source cannot be read or is too short; the message says by how much.
     """
     share, more = divmod(num_sequences, len(sources))
     if share == 0:
-        raise CalibrationError(f"{num_sequences} sequences from {len(sources)} sources: give more")
+        raise TextError(f"{num_sequences} sequences from {len(sources)} sources: give more")
     rows: list[Tensor] = []
     for i, source in enumerate(sources):
         wanted = share + (i < more)
         found = _sequences(source, tokenizer, wanted, sequence_length, seed, column)
         if len(found) < wanted:
-            raise CalibrationError(
+            raise TextError(
                 f"{source}: holds {len(found)} sequences of {sequence_length} tokens, {wanted} are "
-                "needed; give more text, or lower --num-sequences or --seq-len"
+                "needed; give more text, or ask for fewer or shorter sequences"
             )
         rows.append(found)
-    return CalibrationText(torch.cat(rows), tuple(sources), seed)
+    return TokenizedText(torch.cat(rows), tuple(sources), seed)
 
 
 def _sequences(
@@ -84,7 +98,7 @@ def _sequences(
     """Up to `wanted` sequences: int64 ``[n, length]``."""
     path = Path(source).expanduser()
     if not path.is_file() and (path.exists() or _is_meant_as_file(source, path)):
-        raise CalibrationError(f"{source}: no such file")
+        raise TextError(f"{source}: no such file")
     if path.is_file() and path.suffix.lower() not in LOADERS:
         return _draw(_cut(_encode(tokenizer, [_read(path)]), length), wanted, seed)
     documents = _documents(source, path, seed, column)
@@ -102,9 +116,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: not UTF-8 text: {error.reason} at {error.start}") from None
+        raise TextError(f"{path}: not UTF-8 text: {error.reason} at {error.start}") from None
     except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from None
+        raise TextError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _encode(
@@ -148,19 +162,19 @@ def _documents(source: str, path: Path, seed: int, column: str) -> Iterator[str]
             rows = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         for row in rows:
             yield _text_of(row, column, source)
-    except CalibrationError:
+    except TextError:
         raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         hint = "" if path.is_file() else " (neither a file nor a data set that can be reached)"
-        raise CalibrationError(f"{source}: cannot be read{hint}: {reason}") from error
+        raise TextError(f"{source}: cannot be read{hint}: {reason}") from error
 
 
 def _text_of(row: dict[str, Any], column: str, source: str) -> str:
     text = row.get(column)
     if not isinstance(text, str):
         columns = ", ".join(islice(row, 12))
-        raise CalibrationError(
+        raise TextError(
             f"{source}: column {column!r} holds no text; columns: {columns} (see --text-column)"
         )
     return text
