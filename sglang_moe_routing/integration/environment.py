@@ -9,6 +9,14 @@ CONFIG_SHA256 = "SGLANG_MOE_ROUTING_CONFIG_SHA256"
 RECORD = "SGLANG_MOE_ROUTING_RECORD"
 """Folder for the debug recorder of MoE calls. Unset: off."""
 
+FORCE = "SGLANG_MOE_ROUTING_FORCE"
+"""Set to 1 by ``evaluate``: requests may dictate their own output, to be scored. Never in
+production."""
+
+FORCED_TOKENS = "moe_routing_forced_tokens"
+"""Under `FORCE`: key of ``custom_params`` with the output tokens of a request, and of ``meta_info``
+with the log-probability of each and the token that the model liked best."""
+
 EMULATE_GRAPHS = "SGLANG_MOE_ROUTING_EMULATE_GRAPHS"
 """Set to 1 on the portable CPU platform: run SGLang's decode graph runner with a backend that
 re-executes instead of replaying. For tests."""

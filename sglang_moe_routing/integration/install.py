@@ -10,7 +10,7 @@ from ..errors import EngineError
 from . import environment, hooking, runtime
 from .cpu_platform import experts, sharding
 from .hooking import Hook
-from .hooks import HOOKS, RELIED_ON
+from .hooks import FORCING_HOOKS, HOOKS, RELIED_ON
 from .plugin import fatal
 
 
@@ -27,6 +27,8 @@ def install() -> None:
         hooks += [sharding.HOOK, experts.HOOK]
     if os.environ.get(environment.CONFIG):
         hooks += _start_routing()
+        if os.environ.get(environment.FORCE) == "1":
+            hooks += FORCING_HOOKS
     hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON]))
     hooking.apply(hooks, on_failure=fatal)
 

@@ -3,6 +3,7 @@
 from ..hooking import Hook, Symbol
 from . import (
     endpoints,
+    forcing,
     forward,
     forward_batch,
     generate,
@@ -31,6 +32,9 @@ HOOKS: tuple[Hook, ...] = (
     server.LAUNCH_SERVER,
     server.LAUNCH,
 )
+
+FORCING_HOOKS: tuple[Hook, ...] = forcing.HOOKS
+"""Registered on request only."""
 
 RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.srt.layers.moe.topk.TopK"),
