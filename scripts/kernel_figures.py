@@ -6,8 +6,8 @@
 
 Per kernel and architecture: registers, spills, stack, shared memory, and how many instructions the
 machine code has of the kinds that cost most (how many it executes depends on the call). Either run
-fails if a kernel does not compile without warnings, spills, has a stack frame or needs more
-registers than its block can have. Figures recorded with another version of nvcc are not compared.
+fails if a kernel does not compile without warnings, spills, has a stack frame or needs too many
+registers. Figures recorded with another version of nvcc are not compared.
 """
 
 from __future__ import annotations
@@ -46,11 +46,9 @@ FLAGS = (
 )
 PARALLEL_COMPILES = 2
 
-WARP = 32
-REGISTERS_PER_BLOCK = 65536
-ONE_BLOCK = "route_one_block"
 MAX_REGISTERS = 128
-"""For the kernels of many blocks: half of what 256 threads could have, so that two blocks fit."""
+"""What the 512 threads of the kernel of one block can have; for the kernels of many blocks half of
+what their 256 threads could have, so that two blocks fit."""
 
 INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "REDUX": ("REDUX", "CREDUX"),
@@ -63,20 +61,14 @@ INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
 }
 TOTAL = "total"  # without the NOPs that pad the code
 
-# Has all instances, and fails to compile if the block sizes below are not route.cuh's.
+# Has all instances.
 PROGRAM = """\
 #include "cuda/route.cuh"
 
-using moe_routing::cuda::kOneBlockWarps;
-{asserts}
-cudaError_t call_route(const moe_routing::Call& call, cudaStream_t stream) {{
+cudaError_t call_route(const moe_routing::Call& call, cudaStream_t stream) {
   return moe_routing::cuda::route(call, stream);
-}}
+}
 """
-ASSERT = (
-    "static_assert(kOneBlockWarps<{packed}, {per_lane}> == {warps},"
-    ' "one_block_warps in {command} says otherwise: change it too");'
-)
 
 
 class ToolError(Exception):
@@ -146,7 +138,7 @@ def measure(tools: Tools) -> Figures:
     """Compile for all architectures, about 100 seconds on two cores. Raises `CompileError`."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PARALLEL_COMPILES) as pool:
         source = Path(folder) / "kernels.cu"
-        source.write_text(_program())
+        source.write_text(PROGRAM)
         # in two steps, the first ones before all second ones, to keep two cores busy to the end
         steps = [(name, pool.submit(_compile, tools, source, name)) for name in ARCHITECTURES]
         results = [(name, pool.submit(_assemble, tools, step, name)) for name, step in steps]
@@ -189,20 +181,6 @@ def _run_nvcc(command: Sequence[str | Path]) -> str:
     if problem is not None:
         raise CompileError(problem)
     return output
-
-
-def _program() -> str:
-    asserts = [
-        ASSERT.format(
-            packed=str(packed).lower(),
-            per_lane=per_lane,
-            warps=one_block_warps(packed, per_lane),
-            command=COMMAND,
-        )
-        for packed in (True, False)
-        for per_lane in (2, 4, 8, 16)
-    ]
-    return PROGRAM.format(asserts="\n".join(asserts))
 
 
 def compile_problem(status: int, output: str) -> str | None:
@@ -274,20 +252,6 @@ def readable(mangled: str) -> str:
     return f"{name}<{', '.join(words.get((kind, value), value) for kind, value in values)}>"
 
 
-def one_block_warps(packed: bool, per_lane: int) -> int:
-    """kOneBlockWarps of route.cuh."""
-    return 16 if per_lane * (1 if packed else 2) > 8 else 32
-
-
-def register_limit(kernel: str) -> int:
-    """How many registers a thread of a kernel may have."""
-    arguments = re.fullmatch(ONE_BLOCK + r"<(packed|wide), (\d+)>", kernel)
-    if arguments is None:
-        return MAX_REGISTERS
-    warps = one_block_warps(arguments[1] == "packed", int(arguments[2]))
-    return REGISTERS_PER_BLOCK // (warps * WARP)
-
-
 def check(found: Figures, recorded: Figures | None) -> list[str]:
     """One line for each broken limit and each figure that is not as recorded."""
     return over_limits(found) + changes(found, recorded)
@@ -301,9 +265,10 @@ def over_limits(found: Figures) -> list[str]:
             findings.append(f"{where}: spills: found {kernel.spill_bytes} bytes, allowed 0")
         if kernel.stack_bytes:
             findings.append(f"{where}: stack frame: found {kernel.stack_bytes} bytes, allowed 0")
-        limit = register_limit(name)
-        if kernel.registers > limit:
-            findings.append(f"{where}: registers: found {kernel.registers}, allowed {limit}")
+        if kernel.registers > MAX_REGISTERS:
+            findings.append(
+                f"{where}: registers: found {kernel.registers}, allowed {MAX_REGISTERS}"
+            )
     return findings
 
 

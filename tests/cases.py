@@ -15,6 +15,7 @@ from sglang_moe_routing.policies import (
     OEA,
     PAD,
     SERE,
+    Budget,
     Policy,
     PolicyTable,
     TopK,
@@ -37,6 +38,10 @@ WEIGHT_ATOL = {torch.float32: 1e-30, torch.bfloat16: 1e-30, torch.float16: 2.0**
 # The gate mass is compared in float32 here and in float64 by the oracle; the cases keep every
 # partial mass this far from p, hundreds of times what 128 float32 additions can be off.
 MASS_MARGIN = 1e-5
+# So much may a float32 utility be off: a sum of at most 16 gates, a quotient, a square.
+DEMAND_RTOL = 4e-6
+# And so much where gates are computed too: 3e-6 for a gate and for their sum, twice for the square.
+ROUTER_DEMAND_RTOL = 2e-5
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,12 @@ def to_policy(spec: Spec) -> Policy:
         return TopK(k0=spec["k0"])
     if spec["kind"] == "sere":
         return SERE(num_primary=spec["S"], threshold=spec["rho"])
-    return OEA(k0=spec["k0"], p=spec["p"], k_max=spec["k_max"], max_rank=spec["max_rank"])
+    share = spec.get("mapped_share", 0.0)
+    if spec["kind"] == "budget":
+        names = ("max_active", "k0", "utility")
+        return Budget(mapped_share=share, **{name: spec[name] for name in names})
+    limits = {name: spec[name] for name in ("p", "k_max", "max_rank")}
+    return OEA(k0=spec["k0"], mapped_share=share, **limits)
 
 
 def table_of(case: Case) -> PolicyTable:
@@ -116,7 +126,7 @@ def ask_oracle(case: Case) -> oracles.Routed:
     specs: list[Spec | None] = []
     for row in range(case.num_rows):
         spec = case.spec(row)
-        if spec is not None and spec["kind"] == "sere":
+        if spec is not None and "artifact" in spec:
             spec = {**spec, "sim": case.artifacts[spec["artifact"]].float().numpy()}
         specs.append(spec)
     return oracles.reroute(
@@ -168,11 +178,22 @@ def spec_of(draw: st.DrawFn, num_experts: int, top_k: int, kinds: Sequence[str])
         return {"kind": kind}
     if kind == "topk":
         return {"kind": kind, "k0": draw(count)}
+    artifact = draw(st.sampled_from(("a", "b")))
     if kind == "sere":
-        artifact = draw(st.sampled_from(("a", "b")))
         rho = draw(st.sampled_from(RHOS))
         return {"kind": kind, "S": draw(count), "rho": rho, "artifact": artifact}
+    mapping = {"mapped_share": draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))), "artifact": artifact}
+    if kind == "budget":
+        few = st.integers(1, min(num_experts, 4 * top_k))
+        return {
+            "kind": kind,
+            "max_active": draw(few | st.integers(1, num_experts)),
+            "k0": draw(st.just(0) | st.integers(0, top_k)),
+            "utility": draw(st.sampled_from(("squared_gate", "gate"))),
+            **mapping,
+        }
     return {
+        **mapping,
         "kind": kind,
         "k0": draw(count),
         "p": draw(st.sampled_from((1.0, 1.0, 0.9, 0.7, 0.5, 0.3, 0.05))),
@@ -232,7 +253,8 @@ def first_ranks(case: Case, row: int) -> list[int]:
 
 def keep_off_thresholds(case: Case) -> Case:
     """Move each p < 1 until no row's partial gate mass is close enough to it to be a matter of
-    rounding, and give rows without any gate mass some, because they have no partial mass."""
+    rounding, and give rows without any gate mass some, because they have no partial mass. Then
+    `keep_off_close_demands`."""
     gates = case.gates.clone()
     specs = [dict(spec) for spec in case.specs]
     for index, spec in enumerate(specs):
@@ -247,11 +269,69 @@ def keep_off_thresholds(case: Case) -> Case:
             shares += oracles.mass_prefixes(gates[row].tolist(), first_ranks(case, row))
         while any(abs(share - spec["p"]) < MASS_MARGIN for share in shares):
             spec["p"] -= 3 * MASS_MARGIN
-    return replace(case, gates=gates, specs=tuple(specs))
+    return keep_off_close_demands(replace(case, gates=gates, specs=tuple(specs)))
+
+
+def keep_off_close_demands(case: Case, rtol: float = DEMAND_RTOL) -> Case:
+    """Raise the largest max_active of the live budget rows until the last expert that it lets in
+    and the first that it leaves out are not told apart by rounding. Equal demands stay."""
+    live = {case.row_specs[b] for b in case.live}
+    budgets = [
+        index
+        for index, spec in enumerate(case.specs)
+        if index in live and spec["kind"] == "budget" and spec["k0"] < case.top_k
+    ]
+    if not budgets:
+        return case
+    most = max(budgets, key=lambda index: int(case.specs[index]["max_active"]))
+    wanted = safe_max_active(case, case.specs[most]["max_active"], rtol)
+    specs = list(case.specs)
+    specs[most] = {**specs[most], "max_active": wanted}
+    return replace(case, specs=tuple(specs))
+
+
+def safe_max_active(case: Case, wanted: int, rtol: float) -> int:
+    """The smallest max_active from `wanted` on under which rounding does not decide who joins U."""
+    union: set[int] = set()
+    least, most = np.zeros((2, case.num_experts), dtype=np.int64)
+    order = rank_rows(case)
+    for row in case.live:
+        spec, base = case.spec(row) or {}, order[row, : case.top_k].tolist()
+        if oracles.keeps_base(spec, case.top_k):
+            union |= {j for j in case.topk_ids[row].tolist() if 0 <= j < case.num_experts}
+            continue
+        gates = case.gates[row].nan_to_num(nan=0.0).double().numpy()
+        union |= set(base[: oracles.required_count(spec, case.top_k, gates.tolist(), base)])
+        if spec["kind"] != "budget" or not gates[base].sum() > 0:
+            continue
+        shares = gates[base] / gates[base].sum()
+        quanta = 65536 * (shares if spec["utility"] == "gate" else shares**2)
+        for bound, factor in ((least, 1 - rtol), (most, 1 + rtol)):
+            bound[base] += np.where(shares > 0, (quanta * factor + 0.5).clip(1), 0).astype(int)
+    candidates = [j for j in range(case.num_experts) if j not in union and most[j] > 0]
+    candidates.sort(key=lambda j: (-least[j], j))
+    while 0 < wanted - len(union) < len(candidates):
+        last, next_best = candidates[: wanted - len(union)], candidates[wanted - len(union) :]
+        if min((least[j], -j) for j in last) > max((most[j], -j) for j in next_best):
+            break
+        wanted += 1
+    return wanted
+
+
+def rank_rows(case: Case) -> np.ndarray:
+    """Every row's experts in rank order, as `oracles.rank_order` has them, all rows at once."""
+    ids = case.topk_ids.long().numpy()
+    is_valid = (ids >= 0) & (ids < case.num_experts)
+    is_base = np.zeros((case.num_rows, case.num_experts + 1), dtype=bool)
+    np.put_along_axis(is_base, np.where(is_valid, ids, case.num_experts), True, axis=1)
+    scores = case.scores.float().numpy()
+    is_nan = np.isnan(scores)
+    falling = np.where(is_nan, 0.0, -scores)
+    return np.asarray(np.lexsort((falling, is_nan, ~is_base[:, :-1]), axis=1))  # last key first
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ALL_KINDS = ("vanilla", "topk", "oea", "sere")
+ALL_KINDS = ("vanilla", "topk", "oea", "sere", "budget")
 
 
 Shape = tuple[int, int, int]
@@ -333,30 +413,35 @@ def small_case(
 
 OEA_2: Spec = {"kind": "oea", "k0": 2, "p": 1.0, "k_max": None, "max_rank": None}
 SERE_1: Spec = {"kind": "sere", "S": 1, "rho": 0.0, "artifact": "b"}
+BUDGET_5: Spec = {"kind": "budget", "max_active": 5, "k0": 0, "utility": "squared_gate"}
+MAPPED: Spec = {"mapped_share": 0.3, "artifact": "a"}
 ONE_OF_EACH: tuple[Spec, ...] = (
     {"kind": "vanilla"},
     {"kind": "topk", "k0": 2},
     OEA_2,
     {"kind": "oea", "k0": 3, "p": 0.5, "k_max": 2, "max_rank": 6},
     SERE_1,
+    BUDGET_5,
 )
 
 
-def varied_case(shape: Shape, seed: int) -> Case:
-    """A case that is too big to be drawn by hypothesis."""
+def varied_case(shape: Shape, seed: int, specs: tuple[Spec, ...] | None = None) -> Case:
+    """A case that is too big to be drawn by hypothesis; rows under one of each kind, or `specs`."""
     rng = np.random.default_rng(seed)
     num_rows, num_experts, top_k = shape
     mode = ("smooth", "ties", "special")[seed % 3]
     scores = torch.from_numpy(make_scores(rng, mode, (num_rows, num_experts)))
     scores = scores.to(FLOATS[(seed + num_rows) % 3])
     seen = scores.float().numpy()
-    specs = (
+    specs = specs or (
         {"kind": "vanilla"},
         {"kind": "topk", "k0": max(1, top_k - 1)},
         {**OEA_2, "k0": (top_k + 1) // 2},
         {**OEA_2, "k0": top_k, "p": 0.6, "max_rank": min(num_experts, 2 * top_k)},
         SERE_1,
         {**SERE_1, "S": (top_k + 1) // 2, "rho": 0.9, "artifact": "a"},
+        {**OEA_2, **MAPPED, "k0": max(1, top_k // 4)},
+        {**BUDGET_5, **MAPPED, "max_active": (num_experts + 1) // 2},
     )
     drawn = rng.integers(-1, len(specs), num_rows).tolist()
     return keep_off_thresholds(

@@ -92,6 +92,8 @@ def keeps_base(policy: RowPolicy, k: int) -> bool:
         return int(policy["k0"]) >= k and policy.get("p", 1.0) >= 1.0
     if kind == "sere":
         return int(policy["S"]) >= k
+    if kind == "budget":
+        return int(policy["k0"]) >= k
     raise ValueError(f"unknown kind {kind!r}")
 
 
@@ -100,7 +102,7 @@ def required_count(policy: RowPolicy, k: int, gates: Sequence[float], base: Sequ
     kind = policy["kind"]
     if keeps_base(policy, k):
         return k
-    if kind == "topk":
+    if kind in ("topk", "budget"):
         return min(int(policy["k0"]), k)
     if kind == "sere":
         return min(int(policy["S"]), k)
@@ -112,6 +114,32 @@ def required_count(policy: RowPolicy, k: int, gates: Sequence[float], base: Sequ
                 m = min(m, t)
                 break
     return max(m, 1)
+
+
+def row_demand(policy: RowPolicy, gates: Sequence[float], base: Sequence[int]) -> dict[int, int]:
+    """Whole quanta, 65536 to the unit, by which a budget row asks for its own base experts."""
+    clean = clean_gates(gates)
+    total = sum(clean[j] for j in base)
+    demand: dict[int, int] = {}
+    for j in base:
+        if total > 0.0 and clean[j] > 0.0:
+            share = clean[j] / total
+            utility = share if policy["utility"] == "gate" else share * share
+            demand[j] = max(1, int(utility * 65536 + 0.5))
+    return demand
+
+
+def filled_up(union: set[int], demands: Sequence[dict[int, int]], wanted: int) -> set[int]:
+    """The union and, up to `wanted` experts, those that rows ask for most; ties to the lower id."""
+    total: dict[int, int] = {}
+    for demand in demands:
+        for j, quanta in demand.items():
+            total[j] = total.get(j, 0) + quanta
+    full = set(union)
+    for j in sorted(total, key=lambda j: (-total[j], j)):
+        if len(full) < wanted:
+            full.add(j)
+    return full
 
 
 def reroute(
@@ -133,6 +161,8 @@ def reroute(
     order: dict[int, list[int]] = {}
     required: dict[int, list[int]] = {}
     union: set[int] = set()
+    demands: list[dict[int, int]] = []
+    wanted = 0
     for b in live:
         policy = policies[b]
         assert policy is not None
@@ -142,6 +172,10 @@ def reroute(
         required[b] = order[b][:m]
         for j in required[b]:
             union.add(j)
+        if policy["kind"] == "budget" and not keeps_base(policy, k):
+            demands.append(row_demand(policy, [float(g) for g in gates[b]], order[b][:k]))
+            wanted = max(wanted, int(policy["max_active"]))
+    union = filled_up(union, demands, wanted)
     active = sorted(union)
 
     # Pass 2: every row on its own, given the active set.
@@ -176,6 +210,8 @@ def reroute(
                 j = order[b][rank - 1]
                 if j in union:
                     chosen.append(j)
+        if policy["kind"] == "budget":
+            chosen = [j for j in order[b] if j in union][:k] or order[b][:1]
         clean = clean_gates([float(g) for g in gates[b]])
         chosen_sum = sum(clean[j] for j in chosen)
         incoming_sum = sum(float(w) for w in topk_weights[b])
@@ -192,6 +228,12 @@ def reroute(
             else:  # a filler repeats the row's first expert and weighs nothing
                 ids[b, t] = chosen[0]
                 weights[b, t] = 0.0
+        share = float(np.float32(policy.get("mapped_share", 0.0)))
+        if share > 0.0:
+            base_weights = dict(zip(topk_ids[b].tolist(), topk_weights[b].tolist(), strict=True))
+            mapped = _mapped(base_weights, policy, chosen)
+            for t, j in enumerate(chosen):
+                weights[b, t] = (1.0 - share) * weights[b, t] + share * mapped[j]
 
     final: set[int] = set()
     original: set[int] = set()
@@ -212,6 +254,18 @@ def _stand_in(u: int, policy: RowPolicy, required: list[int], active: list[int])
         if sim[u, v] > sim[u, best]:
             best = v
     return best if sim[u, best] >= np.float32(policy["rho"]) else u
+
+
+def _mapped(
+    base_weights: dict[int, float], policy: RowPolicy, chosen: Sequence[int]
+) -> dict[int, float]:
+    """The row's own weights, each on its expert or on the most similar of the `chosen`."""
+    sim = np.asarray(policy["sim"], dtype=np.float32)
+    mapped = dict.fromkeys(chosen, 0.0)
+    for u, weight in base_weights.items():
+        target = u if u in mapped else min(chosen, key=lambda v: (-float(sim[u, v]), v))
+        mapped[target] += weight
+    return mapped
 
 
 def softmax_row(logits: Sequence[float]) -> list[float]:

@@ -30,7 +30,7 @@ def check_call(
     Args:
         call: from `read_records`, of a softmax or sigmoid router.
         policies: what each policy name is in this call, for `oracles.reroute`.
-        similarity: matrices by layer, for policies of kind sere that bring none of their own
+        similarity: matrices by layer, for policies that need some and bring none of their own
             under "similarity".
     """
     where = f"layer {call['layer']}, {call['phase']}"
@@ -125,7 +125,7 @@ def _describe(
     if name is None:
         return None
     policy = dict(policies[name])
-    if policy["kind"] == "sere":
+    if policy["kind"] == "sere" or policy.get("mapped_share", 0.0) > 0.0:
         source = policy.pop("similarity", similarity)
         assert source is not None, f"{name} needs similarity matrices"
         policy["sim"] = source[layer]

@@ -40,10 +40,13 @@ struct ExpertSet {
   }
 };
 
-// What all rows of a call share. `member` is U as a mask for keys.
+// What all rows of a call share. `member` is U as a mask for keys; `wanted` is the size up to which
+// `demand` fills U, 0 without budget rows.
 struct Shared {
   ExpertSet required, before, after;
   int64_t num_moved = 0;
+  int wanted = 0;
+  alignas(64) uint32_t demand[kMaxExperts];
   alignas(64) int64_t member[kMaxExperts];
 };
 
@@ -208,19 +211,38 @@ class ThreadRow {
 
   MOE_ROUTING_FN void require_base() { add_valid(shared_.required, base_ids(), call_.top_k); }
 
+  template <class F>
+  MOE_ROUTING_FN void add_demand(F f) {
+    for (int t = 0; t < call_.top_k; ++t) {
+      const Demand demand = f(t);
+      shared_.demand[demand.id] += demand.quanta;
+    }
+    if (policy_->max_active > shared_.wanted) shared_.wanted = policy_->max_active;
+  }
+
   MOE_ROUTING_FN bool in_union(int expert) const { return shared_.required.has(expert); }
 
   MOE_ROUTING_FN void expect_neighbours(const Ints&) const {}  // the caches know by themselves
 
   MOE_ROUTING_FN Neighbour nearest(int expert) const {
-    const int64_t n = call_.num_experts;
-    const float* const row = call_.similarity + (policy_->artifact * n + expert) * n;
+    const int n = call_.num_experts;
+    const float* const row = neighbours_of(expert);
     int64_t best = 0;
     for (int j = 0; j < n; ++j) {
       const int64_t key = make_key(row[j], j) & shared_.member[j];
       best = key > best ? key : best;
     }
     return {expert_of(best), row[expert_of(best)]};
+  }
+
+  MOE_ROUTING_FN int nearest_slot(int expert, const Ints& ids, int n) const {
+    const float* const row = neighbours_of(expert);
+    int best = 0;
+    for (int t = 1; t < n; ++t) {
+      const int64_t key = make_key(row[ids.value[t]], ids.value[t]);
+      if (key > make_key(row[ids.value[best]], ids.value[best])) best = t;
+    }
+    return best;
   }
 
   template <class F>
@@ -246,6 +268,11 @@ class ThreadRow {
   MOE_ROUTING_FN void add_moved(int n) { shared_.num_moved += n; }
 
  private:
+  MOE_ROUTING_FN const float* neighbours_of(int expert) const {
+    const int64_t n = call_.num_experts;
+    return call_.similarity + (policy_->artifact * n + expert) * n;
+  }
+
   MOE_ROUTING_FN static int expert_of(int64_t key) {
     return static_cast<int>(kIdMask - (key & kIdMask));
   }
@@ -373,6 +400,25 @@ MOE_ROUTING_FN void pad_row(const Call& call, int row, int expert) {
   }
 }
 
+// The most demanded experts join U, ties to the lower id.
+MOE_ROUTING_FN void fill_union(const Call& call, Shared& shared) {
+  const int free = shared.wanted - shared.required.size();
+  if (free <= 0) return;
+  const int n = call.num_experts;
+  uint32_t* const demand = shared.demand;
+  for (int j = 0; j < n; ++j) demand[j] = shared.required.has(j) ? 0 : demand[j];
+  const auto count = [=](uint32_t least) {
+    int total = 0;
+    for (int j = 0; j < n; ++j) total += demand[j] >= least;
+    return total;
+  };
+  const uint32_t least = least_demand(free, call.num_rows, count);
+  int spare = free - count(least + 1);
+  for (int j = 0; j < n; ++j) {
+    if (demand[j] > least || (demand[j] == least && spare-- > 0)) shared.required.add(j);
+  }
+}
+
 MOE_ROUTING_FN void finish_union(const Call& call, Shared& shared) {
   for (int j = 0; j < call.num_experts; ++j) {
     call.out_union[j] = shared.required.has(j);
@@ -400,6 +446,8 @@ void route(const Call& call) {
   thread_local std::vector<RowState> states;
   shared.required = shared.before = shared.after = ExpertSet{};
   shared.num_moved = 0;
+  shared.wanted = 0;
+  for (int j = 0; j < call.num_experts; ++j) shared.demand[j] = 0;
   if (states.size() < static_cast<size_t>(call.num_rows)) states.resize(call.num_rows);
 
   int num_live = 0;
@@ -411,6 +459,7 @@ void route(const Call& call) {
     states[row].guaranteed = decide(live, states[row].order);
     states[row].softmax = live.softmax();
   }
+  fill_union(call, shared);
   finish_union(call, shared);
   int lowest = 0;
   while (lowest < call.num_experts && !shared.required.has(lowest)) ++lowest;

@@ -28,7 +28,7 @@ void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView>
         checker.dense<int32_t>(*workspace, "workspace", kDLInt, {kWorkspaceWords}));
   }
   bindings::check(call.workspace != nullptr || call.num_rows <= kOneBlockRows, "workspace",
-                  "a tensor, because there are more than 64 rows");
+                  "a tensor, because there are more than 16 rows");
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
   const auto stream =
       static_cast<cudaStream_t>(TVMFFIEnvGetStream(device.device_type, device.device_id));

@@ -3,47 +3,41 @@
 //
 //   up to kOneBlockRows rows: one launch of one block; the barrier between the passes is the
 //     block's own
-//   beyond: two launches. Each block of the first writes its own part of U, so that nothing has to
-//     be zeroed beforehand; each block of the second gathers all parts. The second may start early
-//     (programmatic dependent launch) and ranks its first row while the first still runs.
+//   beyond: two launches. Each block of the first writes its own part of U and of the demand, so
+//     that nothing has to be zeroed beforehand; each block of the second gathers all parts. The
+//     second may start early (programmatic dependent launch) and ranks its first row while the
+//     first still runs.
 #pragma once
 #include "warp_row.cuh"
 
 namespace moe_routing::cuda {
 
-constexpr int kOneBlockRows = 64;
+constexpr int kOneBlockRows = 16;  // a warp each; beyond, two launches are faster
 constexpr int kWarps = 8;
 constexpr int kMaxBlocks = 128;
 
-// A block of 1024 threads leaves 64 registers to each; rows of many keys a lane need more.
-template <bool kPacked, int kPerLane>
-constexpr int kOneBlockWarps = kPerLane * (kPacked ? 1 : 2) > 8 ? 16 : 32;
-
-// The workspace of the two-launch form.
+// The workspace of the two-launch form. A block's demand is there if it wants more than 0 experts.
 struct Workspace {
   unsigned num_done;
+  int wanted[kMaxBlocks];
   int num_moved[kMaxBlocks];
   uint32_t required[kMaxBlocks][kUnionWords];
   uint32_t before[kMaxBlocks][kUnionWords];
   uint32_t after[kMaxBlocks][kUnionWords];
+  uint32_t demand[kMaxBlocks][kMaxExperts];
 };
-constexpr int kWorkspaceWords = 8192;
+constexpr int kWorkspaceWords = 73728;
 static_assert(sizeof(Workspace) <= 4 * kWorkspaceWords, "callers allocate kWorkspaceWords");
 
-// What pass 1 leaves of a row for pass 2.
-struct RowState {
-  uint16_t order[kMaxTopK];
-  int guaranteed;
-  Softmax softmax;
-};
-
+template <int kPerLane>
 __device__ __forceinline__ void clear(Shared& shared) {
   if (threadIdx.x < kUnionWords) {
     shared.required[threadIdx.x] = 0;
     shared.before[threadIdx.x] = 0;
     shared.after[threadIdx.x] = 0;
   }
-  if (threadIdx.x == 0) shared.num_live = shared.num_moved = 0;
+  for (int j = threadIdx.x; j < kPerLane * kWarp; j += blockDim.x) shared.demand[j] = 0;
+  if (threadIdx.x == 0) shared.wanted = shared.num_live = shared.num_moved = 0;
 }
 
 // The table is small; which entries a row needs is known two memory accesses later.
@@ -51,6 +45,38 @@ __device__ __forceinline__ void expect_policies(const Call& call) {
   const int bytes = call.num_policies * call.num_steps * static_cast<int>(sizeof(Policy));
   const int at = static_cast<int>(threadIdx.x) * kCacheLine;
   if (at < bytes) prefetch(reinterpret_cast<const char*>(call.policies) + at);
+}
+
+// The most demanded experts join U, ties to the lower id. The work of one warp.
+template <int kPerLane>
+__device__ __forceinline__ void fill_union(const Call& call, Shared& shared) {
+  const int lane = threadIdx.x % kWarp;
+  int free = shared.wanted;
+  uint32_t demand[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const uint32_t members = shared.required[i];
+    free -= popcount(members);
+    demand[i] = members >> lane & 1u ? 0 : shared.demand[i * kWarp + lane];
+  }
+  if (free <= 0) return;
+  const auto count = [&](uint32_t least) {
+    int total = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) total += demand[i] >= least;
+    return __reduce_add_sync(kAll, total);
+  };
+  const uint32_t least = least_demand(free, call.num_rows, count);
+  int spare = free - count(least + 1);
+  __syncwarp();  // all lanes have read `required`
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const unsigned equal = __ballot_sync(kAll, demand[i] == least);
+    const bool joins = demand[i] == least && popcount(equal & ((1u << lane) - 1)) < spare;
+    const unsigned joining = __ballot_sync(kAll, demand[i] > least || joins);
+    spare -= popcount(equal);
+    if (lane == 0) shared.required[i] |= joining;
+  }
 }
 
 __device__ __forceinline__ void write_union(const Call& call, const Shared& shared) {
@@ -95,48 +121,34 @@ __device__ __forceinline__ void add_statistics(const Call& call, const uint32_t*
 }
 
 template <bool kPacked, int kPerLane>
-__global__ void __launch_bounds__(kOneBlockWarps<kPacked, kPerLane>* kWarp, 1)
+__global__ void __launch_bounds__(kOneBlockRows* kWarp, 1)
     route_one_block(const __grid_constant__ Call call) {
-  using States = RowState[kOneBlockRows];
   SIMT_SHARED(Shared, shared);
-  SIMT_SHARED(States, states);
-  const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  const int num_warps = blockDim.x / kWarp;
-  expect_policies(call);
-  clear(shared);
   const int thread = threadIdx.x;
+  const int row = thread / kWarp;
+  expect_policies(call);
+  clear<kPerLane>(shared);
   const bool is_live = thread < call.num_rows && call.policy_ids[thread] != kPad;
   const int num_live = __syncthreads_count(is_live);
   const int step = find_step(call, num_live);
-  for (int row = warp; row < call.num_rows; row += num_warps) {
-    const int policy_id = call.policy_ids[row];
-    if (policy_id == kPad) continue;
-    WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, true);
-    int order = 0;
-    const int guaranteed = decide(live, order);
-    if (lane < kMaxTopK) states[row].order[lane] = static_cast<uint16_t>(order);
-    if (lane == 0) {
-      states[row].guaranteed = guaranteed;
-      states[row].softmax = live.softmax();
-    }
-  }
+  const int policy_id = row < call.num_rows ? call.policy_ids[row] : kPad;
+  WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, true);
+  int order = 0;
+  const int guaranteed = policy_id == kPad ? 0 : decide(live, order);
   __syncthreads();
-  for (int row = warp; row < call.num_rows; row += num_warps) {
-    const int policy_id = call.policy_ids[row];
-    if (policy_id == kPad) {
-      pad_row(call, row, shared);
-      continue;
-    }
-    WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, true,
-                                    states[row].softmax);
-    const int order = lane < kMaxTopK ? states[row].order[lane] : 0;
-    settle(live, order, states[row].guaranteed);
+  if (shared.wanted > 0) {
+    if (row == 0) fill_union<kPerLane>(call, shared);
+    __syncthreads();
+  }
+  if (policy_id != kPad) {
+    settle(live, order, guaranteed);
+  } else if (row < call.num_rows) {
+    pad_row(call, row, shared);
   }
   write_union(call, shared);
   if (call.statistics == nullptr) return;
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (thread == 0) {
     add_statistics(call, shared.required, shared.before, shared.after, num_live, shared.num_moved);
   }
 }
@@ -160,7 +172,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   simt::grid_dependency_launch();
   Workspace& workspace = *reinterpret_cast<Workspace*>(call.workspace);
   expect_policies(call);
-  clear(shared);
+  clear<kPerLane>(shared);
   __syncthreads();
   const int step = call.num_steps > 1 ? find_step(call, count_live(call, shared)) : 0;
   const int stride = gridDim.x * kWarps;
@@ -175,7 +187,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   if (threadIdx.x < kUnionWords) {
     workspace.required[blockIdx.x][threadIdx.x] = shared.required[threadIdx.x];
   }
+  if (threadIdx.x == 0) workspace.wanted[blockIdx.x] = shared.wanted;
   if (blockIdx.x == 0 && threadIdx.x == 0) workspace.num_done = 0;
+  if (shared.wanted == 0) return;
+  for (int j = threadIdx.x; j < kPerLane * kWarp; j += blockDim.x) {
+    workspace.demand[blockIdx.x][j] = shared.demand[j];
+  }
 }
 
 // The union over blocks of one word of their sets. Every lane of the warp gets it.
@@ -185,6 +202,35 @@ __device__ __forceinline__ uint32_t gather(const uint32_t (*parts)[kUnionWords],
     found |= parts[block][word];
   }
   return __reduce_or_sync(kAll, found);
+}
+
+// What all blocks require and want. Ends with a barrier.
+__device__ __forceinline__ void gather_required(const Workspace& workspace, Shared& shared) {
+  for (int word = threadIdx.x / kWarp; word < kUnionWords; word += kWarps) {
+    const uint32_t found = gather(workspace.required, word);
+    if (threadIdx.x % kWarp == 0) shared.required[word] = found;
+  }
+  for (int block = threadIdx.x; block < static_cast<int>(gridDim.x); block += blockDim.x) {
+    if (workspace.wanted[block] > 0) atomicMax(&shared.wanted, workspace.wanted[block]);
+  }
+  __syncthreads();
+}
+
+// The demand that all blocks have found. Ends with a barrier.
+template <int kPerLane>
+__device__ __forceinline__ void gather_demand(const Workspace& workspace, Shared& shared) {
+  const int lane = threadIdx.x % kWarp;
+  uint32_t demand[kPerLane] = {};
+  for (unsigned block = threadIdx.x / kWarp; block < gridDim.x; block += kWarps) {
+    if (workspace.wanted[block] == 0) continue;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) demand[i] += workspace.demand[block][i * kWarp + lane];
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (demand[i] > 0) atomicAdd(&shared.demand[i * kWarp + lane], demand[i]);
+  }
+  __syncthreads();
 }
 
 // The last block to finish adds up what all blocks found.
@@ -225,7 +271,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
   SIMT_SHARED(Shared, shared);
   Workspace& workspace = *reinterpret_cast<Workspace*>(call.workspace);
   const int warp = threadIdx.x / kWarp;
-  clear(shared);
+  clear<kPerLane>(shared);
   __syncthreads();
   const bool counts = call.num_steps > 1 || call.statistics != nullptr;
   const int num_live = counts ? count_live(call, shared) : 0;
@@ -240,11 +286,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     const int guaranteed = policy_id == kPad ? 0 : decide(live, order);
     if (waits) {
       simt::grid_dependency_wait();
-      for (int word = warp; word < kUnionWords; word += kWarps) {
-        const uint32_t found = gather(workspace.required, word);
-        if (threadIdx.x % kWarp == 0) shared.required[word] = found;
+      gather_required(workspace, shared);
+      if (shared.wanted > 0) {
+        gather_demand<kPerLane>(workspace, shared);
+        if (warp == 0) fill_union<kPerLane>(call, shared);
+        __syncthreads();
       }
-      __syncthreads();
       waits = false;
     }
     if (policy_id != kPad) {
@@ -260,10 +307,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
 template <bool kPacked, int kPerLane>
 cudaError_t launch(const Call& call, cudaStream_t stream) {
   if (call.num_rows <= kOneBlockRows) {
-    const int rows = call.num_rows < 1 ? 1 : call.num_rows;
-    const int warps = smaller(rows, kOneBlockWarps<kPacked, kPerLane>);
-    return SIMT_LAUNCH((route_one_block<kPacked, kPerLane>), dim3(1), dim3(warps * kWarp), 0,
-                       stream, call);
+    const dim3 block((call.num_rows < 1 ? 1 : call.num_rows) * kWarp);
+    return SIMT_LAUNCH((route_one_block<kPacked, kPerLane>), dim3(1), block, 0, stream, call);
   }
   const int wanted = (call.num_rows + kWarps - 1) / kWarps;
   const dim3 grid(wanted < kMaxBlocks ? wanted : kMaxBlocks);

@@ -8,11 +8,14 @@ namespace moe_routing::cuda {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarp = 32;
 
-// What the rows of one block share. Sets of experts are bit masks.
+// What the rows of one block share. Sets of experts are bit masks. `wanted` is the size up to which
+// `demand` fills U, 0 without budget rows.
 struct Shared {
   uint32_t required[kUnionWords];
   uint32_t before[kUnionWords];
   uint32_t after[kUnionWords];
+  uint32_t demand[kMaxExperts];
+  int wanted;
   int num_live;
   int num_moved;
   bool is_last;
@@ -79,22 +82,19 @@ class WarpRow {
   using Floats = float;
 
   __device__ __forceinline__ WarpRow(const Call& call, const Policy* policy, int row,
-                                     Shared& shared, bool adds_to_union,
-                                     const Softmax& softmax = {})
+                                     Shared& shared, bool adds_to_union)
       : call_(call),
         policy_(policy),
         row_(row),
         lane_(static_cast<int>(threadIdx.x) % kWarp),
         shared_(shared),
-        adds_to_union_(adds_to_union),
-        softmax_(softmax) {}
+        adds_to_union_(adds_to_union) {}
 
   __device__ __forceinline__ const Call& call() const { return call_; }
   __device__ __forceinline__ Kind kind() const {
     return policy_ != nullptr ? policy_->kind : Kind::vanilla;
   }
   __device__ __forceinline__ const Policy& policy() const { return *policy_; }
-  __device__ __forceinline__ const Softmax& softmax() const { return softmax_; }
 
   template <class T>
   __device__ __forceinline__ T get(T slots, int t) const {
@@ -235,6 +235,16 @@ class WarpRow {
     if (adds_to_union_) add_to(shared_.required, base_ids());
   }
 
+  template <class F>
+  __device__ __forceinline__ void add_demand(F f) {
+    if (!adds_to_union_) return;
+    if (lane_ < call_.top_k) {
+      const Demand demand = f(lane_);
+      if (demand.quanta > 0) atomicAdd(&shared_.demand[demand.id], demand.quanta);
+    }
+    if (lane_ == 0) atomicMax(&shared_.wanted, policy_->max_active);
+  }
+
   __device__ __forceinline__ bool in_union(int expert) const {
     return has(shared_.required, expert);
   }
@@ -261,6 +271,13 @@ class WarpRow {
     const uint32_t top = __reduce_max_sync(kAll, best);
     const unsigned candidate = best == top ? best_expert : kMaxExperts;
     return {static_cast<int>(__reduce_min_sync(kAll, candidate)), unordered(top)};
+  }
+
+  __device__ __forceinline__ int nearest_slot(int expert, int ids, int n) const {
+    const uint32_t key = lane_ < n ? ordered(neighbours_of(expert)[ids]) : 0;
+    const unsigned candidate = key == __reduce_max_sync(kAll, key) ? ids : kMaxExperts;
+    const unsigned nearest = __reduce_min_sync(kAll, candidate);
+    return lowest_bit(__ballot_sync(kAll, candidate == nearest));
   }
 
   template <class F>
@@ -483,7 +500,7 @@ class WarpRow {
   const int lane_;
   Shared& shared_;
   const bool adds_to_union_;
-  Softmax softmax_;
+  Softmax softmax_ = {};
   bool is_open_ = false;
   unsigned pool_ = 0;     // bit i: expert 32 i + lane can still be popped
   unsigned whole_ = 0;    // the pool before it was restricted to U

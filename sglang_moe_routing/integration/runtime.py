@@ -14,7 +14,7 @@ from torch import Tensor
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig
 from ..errors import EngineError
-from ..kernels import KernelTable, refine_out, workspace
+from ..kernels import MAX_ROWS, KernelTable, refine_out, workspace
 from ..policies import PAD, PolicyTable, Router, Vanilla, reroute
 from ..similarity import load_similarities
 from .recorder import Recorder
@@ -202,7 +202,8 @@ class Runtime:
                 counted.count_vanilla(layer.index, ids, layer.num_experts)
             return topk_ids, topk_weights
         before = (ids.clone(), weights.clone()) if is_recording else (ids, weights)
-        run = self._reroute_in_torch if layer.kernel_table is None else self._reroute_in_kernels
+        fits = layer.kernel_table is not None and num_rows <= MAX_ROWS
+        run = self._reroute_in_kernels if fits else self._reroute_in_torch
         union = run(layer, ids, weights, router_logits, self.policy_ids[:num_rows], counted)
         if self.recorder and is_recording:
             after = (ids, weights, union)

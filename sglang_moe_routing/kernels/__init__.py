@@ -11,11 +11,12 @@ from .native import (
     choose,
 )
 from .ops import fused, fused_out, refine, refine_out, workspace
-from .table import KernelTable, compile_table, unsupported
+from .table import MAX_ROWS, KernelTable, compile_table, unsupported
 
 __all__ = [
     "CACHE",
     "CHOICE",
+    "MAX_ROWS",
     "REFERENCE",
     "TARGET_ARCHITECTURES",
     "Implementation",

@@ -22,10 +22,10 @@ from ..policies import Router
 from . import native
 from .table import KernelTable
 
-ONE_LAUNCH_ROWS = 64
+ONE_LAUNCH_ROWS = 16
 """Up to so many rows a CUDA call is one launch; beyond it is two, which need a workspace."""
 
-WORKSPACE_WORDS = 8192
+WORKSPACE_WORDS = 73728
 """Elements of the int32 workspace."""
 
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
@@ -84,7 +84,8 @@ def refine(
         bool ``[num_experts]``.
 
     Raises:
-        ValueError: a tensor has the wrong shape, type or device; the message names it.
+        ValueError: a tensor has the wrong shape, type or device, or more than `MAX_ROWS` rows; the
+            message names it.
         KernelError: no compiled kernels for this device.
     """
     arguments = _refine_arguments(scores, gates, topk_ids, topk_weights, policy_ids, table, router)

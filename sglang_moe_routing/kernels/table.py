@@ -1,4 +1,4 @@
-"""The policy table as the kernels read it: eight 32-bit words for each policy and step."""
+"""The policy table as the kernels read it: twelve 32-bit words for each policy and step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..policies import OEA, SERE, Policy, PolicyTable, Router, TopK, Vanilla
+from ..policies import OEA, SERE, Budget, Policy, PolicyTable, Router, TopK, Vanilla
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
 MAX_GROUPS = 32
+MAX_ROWS = 65535
+"""Most rows of a call; the kernels refuse more."""
 
-_KINDS: dict[type[Policy], int] = {Vanilla: 0, TopK: 1, OEA: 2, SERE: 3}
-_INT32_WORDS = {"k0": 1, "num_primary": 1, "k_max": 3, "max_rank": 4, "artifact": 6}
-_FLOAT32_WORDS = {"p": 2, "threshold": 5}
+_KINDS: dict[type[Policy], int] = {Vanilla: 0, TopK: 1, OEA: 2, SERE: 3, Budget: 4}
+_INT32_WORDS = {
+    "k0": 1,
+    "num_primary": 1,
+    "k_max": 3,
+    "max_rank": 4,
+    "artifact": 6,
+    "max_active": 8,
+    "exponent": 9,
+}
+_FLOAT32_WORDS = {"p": 2, "threshold": 5, "mapped_share": 10}
 _START_WORD = 7
+_NUM_WORDS = 12
 
 
 @dataclass(frozen=True)
@@ -26,7 +37,7 @@ class KernelTable:
     Kernels read these tensors at every call, so a reload only has to rewrite their contents.
 
     Attributes:
-        policies: int32 ``[num_policies, num_steps, 8]``; the words are those of ``Policy`` in
+        policies: int32 ``[num_policies, num_steps, 12]``; the words are those of ``Policy`` in
             ``csrc/include/moe_routing/call.h``.
         similarity: float32 ``[num_artifacts, num_experts, num_experts]``.
     """
@@ -54,7 +65,7 @@ def unsupported(table: PolicyTable, router: Router, num_experts: int, top_k: int
 def compile_table(table: PolicyTable) -> KernelTable:
     """Lay `table` out for the kernels, on the same device. See `unsupported` for its limits."""
     kinds = torch.tensor([_KINDS[kind] for kind in table.kinds], dtype=torch.int32)
-    words = torch.zeros(*table.kind.shape, 8, dtype=torch.int32)
+    words = torch.zeros(*table.kind.shape, _NUM_WORDS, dtype=torch.int32)
     words[..., 0] = kinds[table.kind.cpu()]
     words[:, 1:, _START_WORD] = table.starts.cpu().int()
     for name, values in table.parameters.items():

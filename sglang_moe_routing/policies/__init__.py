@@ -1,6 +1,7 @@
 """Routing policies: what they are, how they are registered, and what they compute."""
 
 from .base import PAD, Count, Engagement, Layers, Parameters, Policy, Rows, Schedule, Similarity
+from .budget import Budget
 from .oea import OEA
 from .reference import Rerouted, num_distinct, reroute
 from .registry import (
@@ -20,6 +21,7 @@ __all__ = [
     "OEA",
     "PAD",
     "SERE",
+    "Budget",
     "Count",
     "Engagement",
     "Layers",

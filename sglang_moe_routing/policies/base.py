@@ -2,8 +2,8 @@
 
 A policy decides in two passes over one MoE call (``shared`` by all rows of a batch):
 
-1. `Policy.required`: the experts that each row insists on. Their union over all live rows, ``U``,
-   is loaded whatever happens next.
+1. `Policy.required`: the experts that each row insists on. Their union over all live rows, which
+   `Policy.fill` may extend, is ``U``: it is loaded whatever happens next.
 2. `Policy.reroute`: the experts and weights that each row ends up with, given ``U``.
 
 Both run on every row with static shapes and no host synchronisation, so that they can be baked
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
@@ -204,8 +204,10 @@ class Policy(StrictModel):
     engage: Engagement = Engagement()
     """When the policy is in force."""
 
-    uses_similarity: ClassVar[bool] = False
-    """Whether `Rows.similarity` is needed: the policy then names an artifact."""
+    @property
+    def uses_similarity(self) -> bool:
+        """Whether `Rows.similarity` is needed: the policy then names an artifact."""
+        return False
 
     def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
         """The numbers that `required` and `reroute` read, by name."""
@@ -230,11 +232,21 @@ class Policy(StrictModel):
         raise NotImplementedError
 
     @classmethod
+    def fill(cls, rows: Rows, parameters: Parameters, selected: Tensor, union: Tensor) -> Tensor:
+        """Between the passes: bool ``[num_experts]``, `union` and what this kind adds to it.
+
+        Args:
+            selected: bool ``[num_tokens]``, the live rows that follow this kind of policy.
+            union: bool ``[num_experts]``, every expert that some live row requires.
+        """
+        return union
+
+    @classmethod
     def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         """Pass 2: ``(topk_ids, topk_weights)``, ``[num_tokens, top_k]`` each.
 
         Args:
-            union: bool ``[num_experts]``, every expert that some live row requires.
+            union: bool ``[num_experts]``, what is loaded whatever happens next.
         """
         raise NotImplementedError
 

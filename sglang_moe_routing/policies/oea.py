@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Count, Parameters, Policy, Rows, Schedule
+from .base import Count, Parameters, Rows, Schedule
+from .mapping import Mapped
 
 
-class OEA(Policy):
+class OEA(Mapped):
     """Keep each token's best `k0` experts, then let it use what the batch loads anyway.
 
     Baseline: the first ``min(k0, t)`` experts, ``t`` the fewest that hold a share `p` of the
@@ -38,6 +39,7 @@ class OEA(Policy):
             "p": self.p,
             "k_max": self.k_max or unlimited,
             "max_rank": self.max_rank or unlimited,
+            **super().parameters(),
         }
 
     def is_vanilla(self, layer: int, num_rows: int, top_k: int) -> bool:
@@ -66,7 +68,8 @@ class OEA(Policy):
         usable = (baseline | piggyback).gather(1, rows.order)  # in preference order
         limit = parameters["k_max"].clamp(max=rows.top_k)[:, None]
         kept = usable & (usable.cumsum(dim=1) <= limit)
-        return rows.take(kept.gather(1, rows.rank) | baseline)
+        ids, weights = rows.take(kept.gather(1, rows.rank) | baseline)
+        return ids, cls.map_weights(rows, parameters, ids, weights)
 
     @classmethod
     def _num_baseline(cls, rows: Rows, parameters: Parameters) -> Tensor:

@@ -20,7 +20,7 @@ class Rerouted:
 
     Attributes:
         topk_ids, topk_weights: ``[num_tokens, top_k]`` in the dtypes that came in.
-        union: bool ``[num_experts]``, experts that some live row requires.
+        union: bool ``[num_experts]``, what is loaded for the rows' sake (U).
         active: int64 scalar, distinct experts of the live rows now (T).
         active_base: int64 scalar, distinct experts that the router had chosen (T_base).
         moved_slots: int64 scalar, slots of the router's choice whose expert the row uses no more.
@@ -90,6 +90,8 @@ def reroute(
         mask = policy.required(rows, parameters, selected)
         required |= mask & selected[:, None]
     union = required.any(dim=0)  # [num_experts]
+    for index, policy in enumerate(table.kinds):
+        union = policy.fill(rows, parameters, live & (kind == index), union)
 
     new_ids, new_weights = topk_ids, topk_weights
     for index, policy in enumerate(table.kinds[1:], start=1):

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from ..errors import PolicyError
 from .base import Policy
+from .budget import Budget
 from .oea import OEA
 from .sere import SERE
 from .topk import TopK
@@ -64,7 +65,7 @@ class PolicyRegistry:
 def builtin_registry() -> PolicyRegistry:
     """A new registry with the built-in kinds."""
     registry = PolicyRegistry()
-    for policy in (Vanilla, TopK, OEA, SERE):
+    for policy in (Vanilla, TopK, OEA, SERE, Budget):
         registry.register(policy)
     return registry
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ class SERE(Policy):
     similarity: str | None = None
     """Which artifact of the top-level `similarity` section; may be left out if there is one."""
 
-    uses_similarity: ClassVar[bool] = True
+    @property
+    def uses_similarity(self) -> bool:
+        return True
 
     def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
         return {"num_primary": self.num_primary, "threshold": self.threshold}

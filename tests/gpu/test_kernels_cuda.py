@@ -13,6 +13,7 @@ from sglang_moe_routing.policies import (
     OEA,
     PAD,
     SERE,
+    Budget,
     Policy,
     PolicyTable,
     Rerouted,
@@ -22,6 +23,15 @@ from sglang_moe_routing.policies import (
     build_table,
     reroute,
 )
+from tests.cases import (
+    BUDGET_5,
+    OEA_2,
+    ROUTER_DEMAND_RTOL,
+    SERE_1,
+    Case,
+    Spec,
+    keep_off_close_demands,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -30,14 +40,33 @@ POLICIES: list[Policy] = [
     TopK.model_validate({"k0": 3}),
     OEA.model_validate({"k0": {"default": 3, "rows": {4: 2}}, "max_rank": 32}),
     SERE.model_validate({"num_primary": 2, "threshold": 0.3}),
+    OEA.model_validate({"k0": 2, "mapped_share": 0.3}),
+    Budget.model_validate({"max_active": 40}),
+    Budget.model_validate({"max_active": 36, "k0": 1, "utility": "gate", "mapped_share": 1.0}),
 ]
+ARTIFACTS = [None, None, None, "a", "a", None, "a"]
+NUM_BUDGETS = 2  # the last ones
 ROUTERS = {
     "softmax": Router(),
     "sigmoid": Router(scoring="sigmoid"),
     "groups": Router(num_groups=8, top_groups=3, renormalize=False, scale=16.0),
 }
 NUM_EXPERTS, TOP_K = 128, 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = {"rtol": 1e-5, "atol": 1e-7}  # exponentials and sums round differently per device
+
+
+def specs_of(num_live: int) -> tuple[Spec, ...]:
+    """The policies as tests/cases.py has them, as far as U depends on them."""
+    return (
+        {"kind": "vanilla"},
+        {"kind": "topk", "k0": 3},
+        {**OEA_2, "k0": 3 if num_live < 4 else 2},
+        {**SERE_1, "S": 2},
+        OEA_2,
+        {**BUDGET_5, "max_active": 40},
+        {**BUDGET_5, "max_active": 36, "k0": 1, "utility": "gate"},
+    )
 
 
 @dataclass
@@ -69,7 +98,14 @@ class Buffers:
         )
 
     def fill(self, seed: int, router: Router) -> None:
-        """New logits, the router's choice, new policies, and another number of live rows."""
+        """New logits, the router's choice, new policies, and another number of live rows. With odd
+        seeds all rows follow a budget."""
+        self._fill(seed, router)
+        while self._is_close(router):
+            seed += 1000
+            self._fill(seed, router)
+
+    def _fill(self, seed: int, router: Router) -> None:
         generator = torch.Generator().manual_seed(seed)
         num_rows = len(self.policy_ids)
         grid = torch.randint(-40, 40, self.logits.shape, generator=generator) / 16  # ties
@@ -79,12 +115,23 @@ class Buffers:
         if router.renormalize:
             weights = weights / weights.sum(dim=1, keepdim=True)
         policy_ids = torch.randint(0, len(POLICIES), (num_rows,), generator=generator)
+        if seed % 2 == 1:
+            policy_ids = len(POLICIES) - 1 - policy_ids % NUM_BUDGETS
         num_live = int(torch.randint(0, num_rows + 1, (), generator=generator))
         policy_ids[num_live:] = PAD
         self.logits.copy_(grid)
         self.topk_ids.copy_(ids)
         self.topk_weights.copy_(weights * router.scale)
         self.policy_ids.copy_(policy_ids)
+
+    def _is_close(self, router: Router) -> bool:
+        """Whether rounding decides which expert is the last that a budget lets in."""
+        ids, policy_ids = self.topk_ids.cpu(), self.policy_ids.tolist()
+        scores, gates = router.score(self.logits.cpu().float(), ids)
+        rows = tuple(None if index == PAD else index for index in policy_ids)
+        specs = specs_of(sum(index is not None for index in rows))
+        case = Case(scores, gates, ids, self.topk_weights.cpu(), specs, rows, {})
+        return keep_off_close_demands(case, ROUTER_DEMAND_RTOL).specs != specs
 
     def expected(self, table: PolicyTable, router: Router) -> Rerouted:
         logits, ids = self.logits.cpu(), self.topk_ids.cpu()
@@ -115,25 +162,25 @@ def make_tables() -> tuple[PolicyTable, KernelTable]:
         top_k=TOP_K,
         num_experts=NUM_EXPERTS,
         similarity={"a": similarity},
-        artifacts=[None, None, None, "a"],
+        artifacts=ARTIFACTS,
     )
     compiled = compile_table(table)
     return table, KernelTable(compiled.policies.cuda(), compiled.similarity.cuda())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_rows", [1, 16, 33, 64, 65, 200, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 65, 200, 1500])
 @pytest.mark.parametrize(
     ("op", "name"),
     [*(("refine", name) for name in ROUTERS), ("fused", "softmax"), ("fused", "sigmoid")],
 )
 def test_a_captured_call_follows_new_rows_and_policies(
-    op: str, num_rows: int, name: str, dtype: torch.dtype
+    op: str, num_rows: int, name: str, dtype: str
 ) -> None:
     """Static buffers, new contents, no Python at replay; one launch and two."""
     router = ROUTERS[name]
     table, kernel_table = make_tables()
-    buffers = Buffers.of(num_rows, dtype)
+    buffers = Buffers.of(num_rows, DTYPES[dtype])
 
     def call() -> None:
         if op == "fused":

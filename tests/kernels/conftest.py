@@ -143,7 +143,7 @@ class Compiled:
     def __call__(self, call: Call, *, out_gap: int = 0, in_place: bool = False) -> Outcome:
         table = compile_table(call.table)
         table = KernelTable(table.policies.to(self.device), table.similarity.to(self.device))
-        call = call.laid_out(self.place)
+        call = replace(call.laid_out(self.place), router=self.place_router(call.router))
         statistics = torch.zeros(NUM_STATISTICS, dtype=torch.int64, device=self.device)
         plan = call.policy_ids.to(self.device)
         if out_gap or in_place:
@@ -173,6 +173,9 @@ class Compiled:
         extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         flat = tensor.as_strided((extent,), (1,)).clone().to(self.device)
         return flat.as_strided(tensor.shape, tensor.stride())
+
+    def place_router(self, router: Router) -> Router:
+        return router if router.bias is None else replace(router, bias=router.bias.to(self.device))
 
     def _run_out(
         self,

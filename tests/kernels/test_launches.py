@@ -16,7 +16,7 @@ REASON = building.why_unavailable()
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.parametrize(
-    ("num_rows", "num_launches"), [(0, 1), (1, 1), (64, 1), (65, 2), (200, 2), (1500, 2)]
+    ("num_rows", "num_launches"), [(0, 1), (1, 1), (16, 1), (17, 2), (200, 2), (1500, 2)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_launch_in_the_decode_range_and_two_beyond(

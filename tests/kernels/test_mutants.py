@@ -20,7 +20,17 @@ import torch
 
 from sglang_moe_routing.policies import Router, TopK, Vanilla, build_table
 from sglang_moe_routing.policies.base import CountSchedule
-from tests.cases import OEA_2, SERE_1, Case, Spec, keep_off_thresholds, varied_case
+from tests.cases import (
+    BUDGET_5,
+    MAPPED,
+    OEA_2,
+    SERE_1,
+    Case,
+    Spec,
+    keep_off_close_demands,
+    keep_off_thresholds,
+    varied_case,
+)
 from tests.kernels import building
 from tests.kernels.building import FLAVOURS, Flavour
 from tests.kernels.conftest import Call, Simulated, ask_reference, assert_agrees, call_of
@@ -30,7 +40,6 @@ RIGHT = "right"
 WRONG = "wrong: "
 RACE = "WARNING: ThreadSanitizer: data race"
 OVERFLOW = "ERROR: AddressSanitizer: heap-buffer-overflow"
-MISMATCH = "warp collective mismatch"
 OWN_MASK = "calling lane is not in its own mask"
 DIVERGENT = "divergent __syncthreads"
 
@@ -71,9 +80,9 @@ FENCE = "__threadfence();\n"
 NUM_LIVE = "const int num_live = __syncthreads_count(is_live);"
 UNORDERED_NUM_LIVE = """int num_live = is_live ? 0 : 0;
   for (int row = 0; row < call.num_rows; ++row) num_live += call.policy_ids[row] != kPad;"""
-PASS_2_ROWS = """for (int row = warp; row < call.num_rows; row += num_warps) {
-    const int policy_id = call.policy_ids[row];
-    if (policy_id == kPad) {"""
+ROWS_OF_PASS_1 = """row < call.num_rows; row += stride) {
+    const int policy_id = call.policy_ids[row];"""
+FILL = "fill_union<kPerLane>(call, shared);\n"
 
 # No build notices when the last block's reader has no fence: fences are matched with atomics
 # without regard to addresses (csrc/simt/README.md), and the block has run other atomics before.
@@ -82,8 +91,29 @@ SYNCHRONISATION = {
         KERNELS,
         BARRIER,
         "",
-        {"plain": MISMATCH, "tsan": RACE},
-        f"{BARRIER}  {PASS_2_ROWS}",
+        {"plain": WRONG, "tsan": RACE},
+        f"{BARRIER}  if (shared.wanted > 0) {{\n    if (row == 0)",
+    ),
+    "no_barrier_after_filling": race(KERNELS, BARRIER, where=f"{FILL}    {BARRIER}"),
+    "no_barrier_after_filling_in_pass_2": race(KERNELS, BARRIER, where=f"{FILL}        {BARRIER}"),
+    "no_barrier_after_gathering_demand": race(
+        KERNELS, BARRIER, where=f"{BARRIER}}}\n\n// The last block"
+    ),
+    "lanes_fill_before_all_have_read": race(KERNELS, "__syncwarp();"),
+    "demand_without_atomics": race(
+        WARP,
+        "atomicAdd(&shared_.demand[demand.id], demand.quanta)",
+        "shared_.demand[demand.id] += demand.quanta",
+    ),
+    "gathered_demand_without_atomics": race(
+        KERNELS,
+        "atomicAdd(&shared.demand[i * kWarp + lane], demand[i])",
+        "shared.demand[i * kWarp + lane] += demand[i]",
+    ),
+    "wanted_without_atomics": race(
+        WARP,
+        "atomicMax(&shared_.wanted, policy_->max_active)",
+        "shared_.wanted = policy_->max_active",
     ),
     "no_barrier_after_clearing_in_one_block": race(KERNELS, NUM_LIVE, UNORDERED_NUM_LIVE),
     "no_barrier_after_clearing_in_pass_1": race(
@@ -92,9 +122,11 @@ SYNCHRONISATION = {
     "no_barrier_after_clearing_in_pass_2": race(
         KERNELS, BARRIER, where=f"{BARRIER}  const bool counts"
     ),
-    "no_barrier_after_gathering": race(KERNELS, BARRIER, where=f"{BARRIER}      waits = false;"),
+    "no_barrier_after_gathering": race(
+        KERNELS, BARRIER, where=f"{BARRIER}}}\n\n// The demand that all"
+    ),
     "no_barrier_before_statistics": race(
-        KERNELS, BARRIER, where=f"{BARRIER}  if (threadIdx.x == 0) {{\n    add_statistics"
+        KERNELS, BARRIER, where=f"{BARRIER}  if (thread == 0) {{\n    add_statistics"
     ),
     "warps_without_rows_miss_the_barrier": Mutant(
         KERNELS, "waits || row", "row", {"plain": DIVERGENT}
@@ -117,7 +149,7 @@ SYNCHRONISATION = {
 }
 
 MEMORY = {
-    "one_row_too_many": overflow(KERNELS, "row < call", "row <= call", PASS_2_ROWS),
+    "one_row_too_many": overflow(KERNELS, "row < call", "row <= call", ROWS_OF_PASS_1),
     "one_score_too_many": overflow(
         WARP, ">= call_", "> call_", "(expert >= call_.num_experts) continue;\n      pool_"
     ),
@@ -127,6 +159,10 @@ MEMORY = {
     "id_out_of_range": wrong(WARP, "id >= 0 && id < call_.num_experts ?", "id >= 0 ?"),
     "repeated_ids_count_twice": wrong(WARP, "if (is_repeated) key = 0;", ""),
     "union_not_cleared": wrong(KERNELS, "shared.required[threadIdx.x] = 0;", ""),
+    "demand_not_cleared": wrong(KERNELS, "shared.demand[j] = 0;", "(void)j;"),
+    "demand_of_blocks_that_want_nothing": wrong(
+        KERNELS, "if (workspace.wanted[block] == 0) continue;", ""
+    ),
 }
 
 ORDER = {
@@ -161,6 +197,21 @@ POLICIES = {
     "step_starts_late": wrong(ROW, ".start <= num_live", ".start < num_live"),
     "filler_weighs": wrong(WARP, "if (lane_ < n) gate", "gate"),
     "padding_names_the_next_expert": wrong(KERNELS, "[i])) - 1;", "[i]));"),
+    "equal_demands_go_to_the_higher_id": wrong(
+        KERNELS, "equal & ((1u << lane) - 1)", "equal & ~((2u << lane) - 1)"
+    ),
+    "members_are_filled_in_again": wrong(KERNELS, "members >> lane & 1u ? 0 : ", ""),
+    "one_expert_beyond_the_budget": wrong(
+        KERNELS, "free - count(least + 1);", "free - count(least + 1) + 1;"
+    ),
+    "every_utility_is_linear": wrong(ROW, "exponent == 2 ?", "exponent == 3 ?"),
+    "lost_weight_goes_to_the_first_slot": wrong(
+        WARP,
+        "__reduce_min_sync(kAll, candidate)",
+        "candidate",
+        "const unsigned nearest = __reduce_min_sync(kAll, candidate);",
+    ),
+    "kept_experts_pass_on_their_weight": wrong(ROW, "kept != 0 ?", "kept == ~0u ?"),
 }
 
 STATISTICS = {
@@ -198,11 +249,19 @@ SPECS: tuple[Spec, ...] = (
 )
 
 
+BUDGETS: tuple[Spec, ...] = (
+    {"kind": "topk", "k0": 1},
+    {**BUDGET_5, **MAPPED},
+    {**BUDGET_5, "k0": 1, "utility": "gate"},
+    {**OEA_2, **MAPPED, "k0": 1, "mapped_share": 1.0},
+)
+
+
 def mixed(num_rows: int, seed: int, dtype: torch.dtype) -> Case:
     """Rows under every policy, some padded; the similarities are quarters, so that many equal
     the threshold. Seeds: 0 is smooth, 1 has ties, 2 has special values."""
     case = varied_case((num_rows, N, K), seed)
-    row_specs = tuple(None if b % 9 == 4 else b % len(SPECS) for b in range(num_rows))
+    row_specs = tuple(None if b % 9 == 4 else (b + 1) % len(SPECS) for b in range(num_rows))
     return replace(
         case,
         scores=case.scores.to(dtype),
@@ -210,6 +269,17 @@ def mixed(num_rows: int, seed: int, dtype: torch.dtype) -> Case:
         row_specs=row_specs,
         artifacts={name: (x * 4).round() / 4 for name, x in case.artifacts.items()},
     )
+
+
+def budgeted(num_rows: int, max_active: int, seed: int, dtype: torch.dtype) -> Case:
+    """The first block of two launches has no budget row, all further rows are under one or map."""
+    case = varied_case((num_rows, N, K), seed)
+    row_specs = tuple(0 if b < 8 < num_rows - 8 else 1 + b % 3 for b in range(num_rows))
+    specs = tuple(
+        {**spec, "max_active": max_active} if spec["kind"] == "budget" else spec for spec in BUDGETS
+    )
+    case = replace(case, scores=case.scores.to(dtype), specs=specs, row_specs=row_specs)
+    return keep_off_close_demands(case)
 
 
 def with_garbage(case: Case) -> Case:
@@ -246,7 +316,7 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
     float32, bfloat16 = torch.float32, torch.bfloat16
     bias = torch.linspace(-1, 1, N)
     small = {
-        f"seed {seed}, {dtype}": mixed(17, seed, dtype)
+        f"seed {seed}, {dtype}": mixed(16, seed, dtype)
         for dtype in (float32, bfloat16)
         for seed in range(3)
     }
@@ -257,8 +327,13 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
     found["garbage"] = call_of(with_garbage(case))
     found["bias"] = routed(case, Router("sigmoid", bias=bias))
     found["groups"] = routed(case, Router(num_groups=4, top_groups=2))
-    found["two launches"] = call_of(mixed(66, 0, bfloat16))
-    found["two launches, steps"] = stepped(mixed(66, 0, float32))
+    for seed in range(3):
+        dtype = (float32, bfloat16)[seed % 2]
+        found[f"budget, seed {seed}"] = call_of(budgeted(16, 14, seed, dtype))
+    found["two launches"] = call_of(mixed(26, 0, bfloat16))
+    found["two launches, steps"] = stepped(mixed(26, 0, float32))
+    found["two launches, budget"] = call_of(budgeted(26, 25, 1, bfloat16))
+    found["two launches, ample budget"] = call_of(budgeted(26, N, 1, bfloat16))
     return {name: (call, ask_reference(call)) for name, call in found.items()}
 
 

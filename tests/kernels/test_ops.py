@@ -11,16 +11,19 @@ from torch import Tensor
 
 from sglang_moe_routing.errors import KernelError
 from sglang_moe_routing.kernels import (
+    MAX_ROWS,
     KernelTable,
     choose,
     compile_table,
     fused,
     fused_out,
+    ops,
     refine,
     refine_out,
     unsupported,
 )
-from sglang_moe_routing.policies import OEA, Policy, Router, TopK, Vanilla, build_table
+from sglang_moe_routing.policies import OEA, Budget, Policy, Router, TopK, Vanilla, build_table
+from tests.kernels import building
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NUM_TOKENS, NUM_EXPERTS, TOP_K = 6, 16, 4
@@ -171,6 +174,13 @@ BAD_CALLS = {
         Router(),
         17,
     ),
+    "scores: expected at most 65535 rows": lambda: fused(
+        torch.zeros(MAX_ROWS + 1, NUM_EXPERTS),
+        torch.zeros(MAX_ROWS + 1, dtype=torch.int32),
+        make_table(),
+        Router(),
+        TOP_K,
+    ),
     "scores: expected 1 to 512 experts": lambda: fused(
         torch.zeros(6, 513), inputs()["policy_ids"], make_table(num_experts=513), Router(), 4
     ),
@@ -181,6 +191,29 @@ BAD_CALLS = {
 def test_a_bad_argument_is_named(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BAD_CALLS[message]()
+
+
+def test_the_demand_of_the_most_rows_does_not_overflow() -> None:
+    """All rows but one ask for one expert with all that they have."""
+    policies: list[Policy] = [Budget.model_validate({"max_active": 1})]
+    table = compile_table(build_table(policies, layer=0, top_k=1, num_experts=NUM_EXPERTS))
+    logits = torch.zeros(MAX_ROWS, NUM_EXPERTS)
+    logits[:, 7] = 1.0
+    logits[0, 3] = 2.0
+    _, _, union = fused(logits, torch.zeros(MAX_ROWS, dtype=torch.int32), table, Router(), 1)
+    assert union.nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize(
+    ("header", "constant", "value"),
+    [
+        ("include/moe_routing/call.h", "kMaxRows", MAX_ROWS),
+        ("cuda/route.cuh", "kOneBlockRows", ops.ONE_LAUNCH_ROWS),
+        ("cuda/route.cuh", "kWorkspaceWords", ops.WORKSPACE_WORDS),
+    ],
+)
+def test_python_and_the_kernels_agree(header: str, constant: str, value: int) -> None:
+    assert f"constexpr int {constant} = {value};" in (building.CSRC / header).read_text()
 
 
 def test_outputs_are_checked_too() -> None:

@@ -19,9 +19,12 @@ from sglang_moe_routing.policies import PAD, Policy, PolicyTable, Router, build_
 from sglang_moe_routing.policies.base import CountSchedule, Engagement
 from tests import oracles
 from tests.cases import (
+    BUDGET_5,
     FLOATS,
+    MAPPED,
     OEA_2,
     ONE_OF_EACH,
+    ROUTER_DEMAND_RTOL,
     SERE_1,
     Case,
     Shape,
@@ -31,6 +34,7 @@ from tests.cases import (
     assert_same_bits,
     bits,
     cases,
+    keep_off_close_demands,
     keep_off_thresholds,
     make_scores,
     policy_ids,
@@ -38,7 +42,14 @@ from tests.cases import (
     to_policy,
     varied_case,
 )
-from tests.kernels.conftest import Call, Implementation, ask_reference, assert_agrees, call_of
+from tests.kernels.conftest import (
+    Call,
+    Implementation,
+    ask_reference,
+    assert_agrees,
+    call_of,
+    engine_choice,
+)
 from tests.kernels.driver import Outcome, apart
 
 NUM_EXPERTS = (1, 7, 8, 60, 64, 72, 128, 160, 256, 512)
@@ -110,9 +121,9 @@ def test_any_mix_of_policies_gives_what_the_oracle_gives(
 @pytest.mark.parametrize(
     "shape",
     [
+        (16, 256, 8),
+        (17, 128, 8),
         (33, 60, 4),
-        (64, 256, 8),
-        (65, 128, 8),
         (65, 512, 10),
         (130, 128, 6),
         (513, 128, 8),
@@ -125,6 +136,29 @@ def test_many_rows_give_what_the_oracle_gives(
 ) -> None:
     """More rows than warps in a block, than rows in a launch, than warps in a grid."""
     case = varied_case(shape, seed)
+    assert_as_oracle(implementation(call_of(case, seed=seed)), case)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("shape", "max_active"),
+    [
+        ((1, 64, 8), 5),
+        ((16, 128, 8), 40),
+        ((17, 512, 8), 70),
+        ((40, 60, 4), 30),
+        ((200, 256, 8), 100),
+        ((1100, 64, 6), 33),
+    ],
+    ids=str,
+)
+def test_many_budget_rows_give_what_the_oracle_gives(
+    implementation: Implementation, shape: Shape, max_active: int, seed: int
+) -> None:
+    """Demand decides where no other policy requires everything, in one block and over many."""
+    budget = {**BUDGET_5, "max_active": max_active}
+    by_gate = {**budget, **MAPPED, "max_active": max_active - 1, "utility": "gate"}
+    case = varied_case(shape, seed, (budget, by_gate))
     assert_as_oracle(implementation(call_of(case, seed=seed)), case)
 
 
@@ -179,6 +213,12 @@ def plans(draw: st.DrawFn, top_k: int, most_rows: int) -> Plan:
 def scheduled(case: Case, planned: Sequence[Plan]) -> tuple[Case, PolicyTable]:
     """The case that holds for its number of live rows, and the table for every number."""
     pairs = list(zip(planned, case.specs, strict=True))
+    specs = tuple(plan.spec(spec, len(case.live)) for plan, spec in pairs)
+    now = keep_off_close_demands(replace(case, specs=specs))
+    pairs = [
+        (plan, new if new["kind"] == "budget" else old)
+        for (plan, old), new in zip(pairs, now.specs, strict=True)
+    ]
     table = build_table(
         [plan.policy(spec) for plan, spec in pairs],
         layer=0,
@@ -187,8 +227,7 @@ def scheduled(case: Case, planned: Sequence[Plan]) -> tuple[Case, PolicyTable]:
         similarity=case.artifacts,
         artifacts=[spec.get("artifact") for spec in case.specs],
     )
-    now = tuple(plan.spec(spec, len(case.live)) for plan, spec in pairs)
-    return replace(case, specs=now), table
+    return now, table
 
 
 @thorough
@@ -201,6 +240,20 @@ def test_policies_follow_the_number_of_live_rows(
     size = len(case.specs)
     case, table = scheduled(case, data.draw(st.lists(plan, min_size=size, max_size=size)))
     assert_as_oracle(implementation(call_of(case, seed=data.draw(seeds), table=table)), case)
+
+
+@pytest.mark.parametrize("num_live", [1, 2, 3])
+def test_the_budget_follows_the_number_of_live_rows(
+    implementation: Implementation, num_live: int
+) -> None:
+    """A max_active that changes at 2 live rows changes at 2."""
+    budget = to_policy({**BUDGET_5, "max_active": 2})
+    scheduled = budget.model_copy(update={"max_active": CountSchedule(default=2, rows={2: 4})})
+    table = build_table([scheduled], layer=0, top_k=3, num_experts=9)
+    case = varied_case((num_live, 9, 3), seed=0, specs=(BUDGET_5,))
+    case = replace(case, row_specs=(0,) * num_live)
+    got = implementation(call_of(case, table=table))
+    assert got.union.sum() == (2 if num_live < 2 else 4)
 
 
 @pytest.mark.parametrize("num_live", [1, 69, 70, 71, 100])
@@ -261,7 +314,7 @@ def test_outputs_may_be_the_inputs(
     assert_same(compiled(call.laid_out(lambda x: apart(x, gap)), in_place=True), compiled(call))
 
 
-@pytest.mark.parametrize("num_rows", [65, 130])
+@pytest.mark.parametrize("num_rows", [17, 130])
 def test_many_rows_may_be_routed_in_place(compiled: Implementation, num_rows: int) -> None:
     """In place beyond one block, where the choice is read by two launches."""
     call = call_of(varied_case((num_rows, 64, 6), seed=1), seed=1)
@@ -339,6 +392,16 @@ def test_a_call_of_padding_alone_names_expert_0_at_no_weight(
 # --- the fused form ----------------------------------------------------------------------------
 
 
+def without_close_calls(case: Case, router: Router) -> Case:
+    """The case under the router's own gates and choice, with policies of which none hangs on how
+    its gates are rounded."""
+    specs = tuple({**spec, "p": 1.0} if "p" in spec else spec for spec in case.specs)
+    scores, gates = router.score(case.scores.float())
+    ids, _ = engine_choice(scores, gates, case.top_k, router)
+    chosen = replace(case, specs=specs, gates=gates, topk_ids=ids)
+    return keep_off_close_demands(chosen, rtol=ROUTER_DEMAND_RTOL)
+
+
 @thorough
 @given(
     any_cases(),
@@ -356,12 +419,12 @@ def test_fused_is_a_stable_top_k_and_then_the_reference(
     seed: int,
 ) -> None:
     """Ties go to the lower id, NaN comes last, and the weights are the model's own."""
-    specs = tuple({**spec, "p": 1.0} if "p" in spec else spec for spec in case.specs)
+    router = Router(scoring=scoring, renormalize=renormalize, scale=scale)
     call = Call(
         scores=case.scores,
         policy_ids=policy_ids(case, torch.int32),
-        table=table_of(replace(case, specs=specs)),
-        router=Router(scoring=scoring, renormalize=renormalize, scale=scale),
+        table=table_of(without_close_calls(case, router)),
+        router=router,
         top_k=case.top_k,
         seed=seed,
     )
@@ -376,16 +439,17 @@ def test_fused_is_a_stable_top_k_and_then_the_reference(
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("num_rows", [40, 65, 130])
+@pytest.mark.parametrize("num_rows", [16, 17, 40, 130])
 def test_fused_with_many_rows(compiled: Implementation, num_rows: int, dtype: torch.dtype) -> None:
     """The fused form beyond one block, into tensors whose rows lie apart."""
     case = varied_case((num_rows, 128, 8), seed=1)
-    specs = tuple({**spec, "p": 1.0} if "p" in spec else spec for spec in case.specs)
+    case = replace(case, scores=case.scores.to(dtype))
+    router = Router(renormalize=False, scale=2.0)
     call = Call(
-        scores=case.scores.to(dtype),
+        scores=case.scores,
         policy_ids=policy_ids(case, torch.int32),
-        table=table_of(replace(case, specs=specs)),
-        router=Router(renormalize=False, scale=2.0),
+        table=table_of(without_close_calls(case, router)),
+        router=router,
         top_k=8,
         seed=3,
     )
@@ -407,7 +471,7 @@ ODD_BITS = {
 
 
 @brief
-@given(any_cases(kinds=("vanilla", "vanilla", "oea", "sere")), st.integers(0, 2**32 - 1))
+@given(any_cases(kinds=("vanilla", "vanilla", "oea", "sere", "budget")), st.integers(0, 2**32 - 1))
 def test_vanilla_rows_pass_bit_for_bit(compiled: Implementation, case: Case, seed: int) -> None:
     """A vanilla row leaves with the very bits it came with, odd weights and ids included."""
     rng = np.random.default_rng(seed)
@@ -424,7 +488,7 @@ def test_vanilla_rows_pass_bit_for_bit(compiled: Implementation, case: Case, see
 
 
 @brief
-@given(any_cases(min_live=1), st.sampled_from(("topk", "oea", "sere")))
+@given(any_cases(min_live=1), st.sampled_from(("topk", "oea", "sere", "budget")))
 def test_keeping_all_k_experts_is_vanilla(compiled: Implementation, case: Case, kind: str) -> None:
     """k0 = k or S = k leaves every live row bit for bit, in the engine's column order."""
     k = case.top_k
@@ -432,6 +496,7 @@ def test_keeping_all_k_experts_is_vanilla(compiled: Implementation, case: Case, 
         "topk": {"kind": "topk", "k0": k},
         "oea": {**OEA_2, "k0": k},
         "sere": {**SERE_1, "S": k, "rho": -1.0},
+        "budget": {**BUDGET_5, **MAPPED, "max_active": 1, "k0": k},
     }
     rows = tuple(None if i is None else 0 for i in case.row_specs)
     case = replace(case, specs=(full[kind],), row_specs=rows)
@@ -537,10 +602,68 @@ def test_rows_of_nan_keep_valid_ids_and_no_weight(compiled: Implementation, spec
     )
     got = compiled(call_of(case))
     assert set(got.topk_ids.flatten().tolist()) <= set(case.topk_ids.flatten().tolist())
-    if spec["kind"] in ("topk", "oea"):
+    if spec["kind"] in ("topk", "oea", "budget"):
         assert not got.topk_weights.any()
     else:
         assert_same_bits(got.topk_weights, case.topk_weights)
+
+
+def with_k0_of_0(case: Case) -> Case:
+    specs = tuple({**s, "k0": 0} if s["kind"] == "budget" else s for s in case.specs)
+    return keep_off_close_demands(replace(case, specs=specs))
+
+
+@brief
+@given(any_cases(kinds=("budget",)), seeds)
+def test_the_budget_is_a_bound(implementation: Implementation, case: Case, seed: int) -> None:
+    """Budget rows alone, without k0, run max_active experts at most if they weigh any at all."""
+    case = with_k0_of_0(case)
+    got = implementation(call_of(case, seed=seed))
+    wanted = [spec["max_active"] for spec in map(case.spec, case.live) if spec is not None]
+    assert got.union.sum() <= max(wanted, default=0)
+    if got.union.any():
+        assert got.statistics[2] <= max(wanted)
+
+
+@brief
+@given(any_cases(kinds=("budget", "vanilla")), seeds)
+def test_what_fits_the_budget_keeps_its_experts(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """A call whose choice is no larger than the budget and weighs something moves no slot."""
+    room = len({j for row in case.live for j in case.topk_ids[row].tolist()})
+    specs = tuple({**s, "max_active": max(room, 1)} if "max_active" in s else s for s in case.specs)
+    got = implementation(
+        call_of(replace(case, specs=specs, gates=case.gates.nan_to_num(1.0) + 0.125), seed=seed)
+    )
+    assert torch.equal(
+        got.topk_ids.sort().values[case.live], case.topk_ids.sort().values[case.live]
+    )
+    assert got.statistics[4] == 0
+
+
+@brief
+@given(any_cases(kinds=("oea", "budget", "vanilla")), seeds)
+def test_no_mapped_share_is_no_mapping(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """With a share of 0 it does not matter whether there are similarities."""
+    plain = tuple({**spec, "mapped_share": 0.0} for spec in case.specs)
+    bare = tuple({k: v for k, v in spec.items() if k != "artifact"} for spec in plain)
+    got = implementation(call_of(replace(case, specs=plain), seed=seed))
+    assert_same(got, implementation(call_of(replace(case, specs=bare, artifacts={}), seed=seed)))
+
+
+@brief
+@given(any_cases(kinds=("oea", "budget"), weight_types=(torch.float32,)), seeds)
+def test_renormalised_weights_keep_their_sum(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """Mapped or not, a row weighs what it came with."""
+    gates = case.gates.nan_to_num(1.0) + 0.125
+    got = implementation(call_of(replace(case, gates=gates, renormalize=True), seed=seed))
+    before, after = (x[case.live].sum(dim=1) for x in (case.topk_weights, got.topk_weights))
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=0.0)
 
 
 def test_an_empty_matrix_may_have_any_strides() -> None:

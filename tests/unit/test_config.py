@@ -102,9 +102,9 @@ PROBLEMS = {
     "policies: {a: {kind: oea}}": "routing.yaml:2: policies.a.k0: missing",
     "policies: {a: {kind: seer, k0: 1}}": (
         "routing.yaml:2: policies.a.kind: 'seer' is not a policy kind; "
-        "known: oea, sere, topk, vanilla"
+        "known: budget, oea, sere, topk, vanilla"
     ),
-    "policies: {a: {k0: 1}}": "routing.yaml:2: policies.a.kind: missing; known: oea,",
+    "policies: {a: {k0: 1}}": "routing.yaml:2: policies.a.kind: missing; known: budget,",
     "policies:\n  a: {kind: oea, k0: 0}": (
         "routing.yaml:3: policies.a.k0.default: Input should be greater than or equal to 1, got 0"
     ),
@@ -195,7 +195,7 @@ def test_schema_describes_every_key() -> None:
         "similarity",
         "policies",
     }
-    assert {"OEA", "SERE", "TopK", "Vanilla", "Engagement"} <= set(schema["$defs"])
-    for name in ("OEA", "SERE", "TopK", "Engagement"):
+    assert {"Budget", "OEA", "SERE", "TopK", "Vanilla", "Engagement"} <= set(schema["$defs"])
+    for name in ("Budget", "OEA", "SERE", "TopK", "Engagement"):
         for key, field in schema["$defs"][name]["properties"].items():
             assert key == "kind" or field.get("description"), f"{name}.{key} is not described"

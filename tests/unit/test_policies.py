@@ -20,6 +20,7 @@ from sglang_moe_routing.policies import (
     OEA,
     PAD,
     SERE,
+    Budget,
     Count,
     Engagement,
     Layers,
@@ -39,7 +40,7 @@ from sglang_moe_routing.policies import (
 from tests import oracles
 
 NUM_EXPERTS, TOP_K = 8, 4
-BUILTIN = ["oea", "sere", "topk", "vanilla"]
+BUILTIN = ["budget", "oea", "sere", "topk", "vanilla"]
 
 
 # --- registry ----------------------------------------------------------------------------------
@@ -65,11 +66,11 @@ class Mirror(Policy):
 
 
 def test_the_builtin_kinds_are_registered_by_name() -> None:
-    """A built-in registry knows the four kinds of this package, in order of their names."""
+    """A built-in registry knows the five kinds of this package, in order of their names."""
     registry = builtin_registry()
     assert list(registry) == BUILTIN
-    assert [registry[kind] for kind in registry] == [OEA, SERE, TopK, Vanilla]
-    assert registry.classes() == [OEA, SERE, TopK, Vanilla]
+    assert [registry[kind] for kind in registry] == [Budget, OEA, SERE, TopK, Vanilla]
+    assert registry.classes() == [Budget, OEA, SERE, TopK, Vanilla]
     assert "oea" in registry
     assert "mirror" not in registry
 
@@ -101,7 +102,7 @@ def test_a_second_class_of_the_same_kind_is_refused() -> None:
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
     """Asking for an unknown kind names it and every kind there is."""
-    with pytest.raises(PolicyError, match=r"'seer' is not registered; known: oea, sere, topk, v"):
+    with pytest.raises(PolicyError, match=r"'seer' is not registered; known: budget, oea, sere, t"):
         builtin_registry()["seer"]
 
 

@@ -25,6 +25,8 @@ from sglang_moe_routing.policies import (
 )
 from tests import oracles
 from tests.cases import (
+    BUDGET_5,
+    MAPPED,
     OEA_2,
     ONE_OF_EACH,
     SERE_1,
@@ -93,9 +95,19 @@ def test_sere_over_several_artifacts_gives_what_the_oracle_gives(case: Case) -> 
     assert_close(got.topk_weights, torch.from_numpy(expected.weights))
 
 
+@brief
+@given(cases(kinds=("budget", "budget", "oea", "sere")))
+def test_budget_in_all_its_forms_gives_what_the_oracle_gives(case: Case) -> None:
+    """Mostly budget rows, so that few experts are required and demand decides, mapped or not."""
+    got, expected = run(case), ask_oracle(case)
+    assert got.union.nonzero().flatten().tolist() == expected.active
+    assert got.topk_ids.tolist() == expected.ids.tolist()
+    assert_close(got.topk_weights, torch.from_numpy(expected.weights))
+
+
 def test_every_input_may_be_non_contiguous() -> None:
     """Strided inputs give what their contiguous copies give."""
-    case = small_case(ONE_OF_EACH, (0, 1, 2, 3, 4, None))
+    case = small_case(ONE_OF_EACH, (0, 1, 2, 3, 4, 5, None))
 
     def strided(tensor: Tensor) -> Tensor:
         return torch.stack((tensor, tensor), dim=-1)[..., 0]
@@ -165,7 +177,7 @@ def test_a_vanilla_row_does_not_depend_on_its_neighbours(case: Case, data: st.Da
 
 
 @brief
-@given(cases(min_live=1), st.sampled_from(("topk", "oea", "sere")))
+@given(cases(min_live=1), st.sampled_from(("topk", "oea", "sere", "budget")))
 def test_keeping_all_k_experts_is_vanilla(case: Case, kind: str) -> None:
     """k0 = k or S = k leaves every live row bit for bit, in the engine's column order."""
     k = case.top_k
@@ -173,6 +185,7 @@ def test_keeping_all_k_experts_is_vanilla(case: Case, kind: str) -> None:
         "topk": {"kind": "topk", "k0": k},
         "oea": {**OEA_2, "k0": k},
         "sere": {**SERE_1, "S": k, "rho": -1.0},
+        "budget": {**BUDGET_5, **MAPPED, "max_active": 1, "k0": k},
     }
     specs = (full[kind],)
     row_specs = tuple(None if i is None else 0 for i in case.row_specs)
@@ -320,7 +333,7 @@ def test_an_oea_row_depends_on_its_own_scores_and_the_active_set_alone(
 
 
 @brief
-@given(cases(kinds=("topk", "oea", "sere", "vanilla")), st.integers(0, 2**32 - 1))
+@given(cases(), st.integers(0, 2**32 - 1))
 def test_rerouted_rows_hold_valid_ids_whatever_comes_in(case: Case, seed: int) -> None:
     """Ids of a re-routed live row lie in [0, N) even where the incoming ids are garbage."""
     rng = np.random.default_rng(seed)
@@ -354,7 +367,7 @@ def test_rows_of_nan_scores_and_gates_keep_valid_ids_and_no_weight(spec: Spec) -
     got = run(case)
     allowed = set(case.topk_ids.flatten().tolist())
     assert set(got.topk_ids.flatten().tolist()) <= allowed
-    if spec["kind"] in ("topk", "oea"):
+    if spec["kind"] in ("topk", "oea", "budget"):
         assert not got.topk_weights.any()
     else:
         assert_same_bits(got.topk_weights, case.topk_weights)
@@ -481,6 +494,48 @@ def test_an_expert_at_the_threshold_is_rerouted_and_below_it_stays(rho: float, s
     assert_same_bits(got.topk_weights[1], case.topk_weights[1])
 
 
+@pytest.mark.parametrize(
+    ("utility", "max_active", "union"),
+    [
+        ("squared_gate", 1, [3]),
+        ("squared_gate", 3, [0, 3, 4]),
+        ("squared_gate", 5, [0, 1, 3, 4]),
+        ("gate", 1, [0]),
+        ("gate", 3, [0, 1, 3]),
+        ("gate", 5, [0, 1, 3, 4]),
+    ],
+)
+def test_the_budget_goes_where_the_demand_is(
+    utility: str, max_active: int, union: list[int]
+) -> None:
+    """By gate the demands for 0, 1, 3 and 4 tie at 3/4; by squared gate those for 3 and 4 are
+    9/16 and those for 0 and 1 are 5/16. Nobody asks for 2."""
+    spec = {**BUDGET_5, "max_active": max_active, "utility": utility}
+    case = worked([spec] * 3, [[3.0, 3.0, 0.0, 0.0, 0.0]] * 3, [[0, 1]] * 3)
+    gates = torch.tensor([[0.5, 0.5, 0, 0, 0], [0.25, 0, 0, 0.75, 0], [0, 0.25, 0, 0, 0.75]])
+    base = torch.tensor([[0, 1], [3, 0], [1, 4]])
+    got = run(replace(case, gates=gates, topk_ids=base))
+    assert got.union.nonzero().flatten().tolist() == union
+
+
+def test_a_lost_experts_weight_goes_to_the_most_similar_one() -> None:
+    """Expert 3 is lost: half of its weight follows it to 2, though 2 is the row's second choice."""
+    sim = torch.eye(5)
+    sim[3, 2], sim[3, 1] = 0.75, 0.5
+    oea = {**OEA_2, "k0": 1, "mapped_share": 0.5, "artifact": "a"}
+    case = worked(
+        ({"kind": "vanilla"}, oea),
+        [[9.0, 0.0, 8.0, 0.0, 0.0], [0.0, 9.0, 7.0, 8.0, 0.0]],
+        [[2, 0], [3, 1]],
+        a=sim,
+    )
+    case = replace(case, topk_weights=torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
+    got = run(case)
+    gates = torch.tensor([9.0, 7.0]).softmax(dim=0)
+    assert got.topk_ids[1].tolist() == [1, 2]
+    torch.testing.assert_close(got.topk_weights[1], 0.5 * gates + 0.5 * torch.tensor([0.75, 0.25]))
+
+
 def test_critical_experts_do_not_join_the_active_set() -> None:
     """One row's critical expert is no target for another row's slot."""
     sim = torch.full((5, 5), -1.0)
@@ -518,10 +573,10 @@ def test_ties_and_signed_zeros_go_to_the_lower_id_and_nan_goes_last() -> None:
 # --- capture safety ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 5])
+@pytest.mark.parametrize("num_rows", [0, 1, 6])
 def test_reroute_needs_no_value_of_any_tensor_on_the_host(num_rows: int) -> None:
     """Under fake tensors, which have no values, reroute runs: no sync, no data-made shape."""
-    case = small_case(ONE_OF_EACH, [0, 1, 2, 3, 4][:num_rows])
+    case = small_case(ONE_OF_EACH, [0, 1, 2, 3, 4, 5][:num_rows])
     table, plan = table_of(case), policy_ids(case)
     with FakeTensorMode() as mode:
         fake = mode.from_tensor

@@ -136,7 +136,7 @@ inline void check_limits(const Call& call) {
 }
 
 // Shapes: scores and gates [rows, experts]; topk_ids, topk_weights, out_ids and out_weights
-// [rows, top_k]; policy_ids [rows]; policies [num_policies, steps, 8];
+// [rows, top_k]; policy_ids [rows]; policies [num_policies, steps, 12];
 // similarity [artifacts, experts, experts]; bias and out_union [experts]; statistics [6].
 // topk_ids and topk_weights are absent where this call makes the choice.
 inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<TensorView> bias,
@@ -155,7 +155,7 @@ inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<Te
   const int64_t top_k = out_ids.size(1);
   const int64_t num_policies = policies.size(0);
   const int64_t steps = policies.size(1);
-  check(rows <= INT32_MAX, "scores", "fewer than 2^31 rows");
+  check(rows <= kMaxRows, "scores", "at most 65535 rows");
 
   Call call;
   call.num_rows = static_cast<int32_t>(rows);
@@ -186,7 +186,7 @@ inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<Te
   call.num_steps = static_cast<int32_t>(steps);
   call.num_policies = static_cast<int32_t>(num_policies);
   call.policies = reinterpret_cast<const Policy*>(
-      checker.dense<int32_t>(policies, "policies", kDLInt, {num_policies, steps, 8}));
+      checker.dense<int32_t>(policies, "policies", kDLInt, {num_policies, steps, kPolicyWords}));
   call.similarity = checker.dense<float>(similarity, "similarity", kDLFloat,
                                          {similarity.size(0), experts, experts});
   call.out_union = checker.dense<uint8_t>(out_union, "out_union", kDLBool, {experts});

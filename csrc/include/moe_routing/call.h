@@ -18,29 +18,36 @@ namespace moe_routing {
 constexpr int kMaxExperts = 512;
 constexpr int kMaxTopK = 16;
 constexpr int kMaxGroups = 32;
-constexpr int kPad = -1;  // policy id of a padded row
+constexpr int kQuanta = 65536;   // most demand of one row for one expert
+constexpr int kMaxRows = 65535;  // of a call: their demand for one expert fits 32 bits
+constexpr int kPad = -1;         // policy id of a padded row
 constexpr int kUnionWords = kMaxExperts / 32;
 
 enum class FloatType : int32_t { float32, bfloat16, float16 };
 
-enum class Kind : int32_t { vanilla, topk, oea, sere };
+enum class Kind : int32_t { vanilla, topk, oea, sere, budget };
 
 // From logits to gates. `given`: scores and gates both come from the caller.
 enum class Scoring : int32_t { softmax, sigmoid, sqrtsoftplus, given };
 
-// What one policy does at one step of the number of live rows: eight 32-bit words of the policy
-// table, an int32 tensor [num_policies, num_steps, 8].
+// What one policy does at one step of the number of live rows: twelve 32-bit words of the policy
+// table, an int32 tensor [num_policies, num_steps, 12].
 struct Policy {
   Kind kind;
-  int32_t count;      // experts that a row is guaranteed: k0 of topk and oea, S of sere
-  float p;            // oea: share of the gate mass at which a row needs no further expert
-  int32_t k_max;      // oea: most experts of a row
-  int32_t max_rank;   // oea: ranks from here on may not piggyback
-  float threshold;    // sere: similarity below which an expert is critical
-  int32_t artifact;   // sere: which similarity matrix
-  int32_t start;      // live rows from which this step holds; the same for all policies
+  int32_t count;        // experts that a row is guaranteed: k0 of topk, oea and budget, S of sere
+  float p;              // oea: share of the gate mass at which a row needs no further expert
+  int32_t k_max;        // oea: most experts of a row
+  int32_t max_rank;     // oea: ranks from here on may not piggyback
+  float threshold;      // sere: similarity below which an expert is critical
+  int32_t artifact;     // sere, and where mapped_share > 0: which similarity matrix
+  int32_t start;        // live rows from which this step holds; the same for all policies
+  int32_t max_active;   // budget: size up to which the row's demand fills U; at least 1
+  int32_t exponent;     // budget: 2 demands the square of a gate, 1 the gate
+  float mapped_share;   // oea, budget: share of the weight that follows lost experts
+  int32_t reserved;
 };
-static_assert(sizeof(Policy) == 32, "one policy is eight words of the table");
+constexpr int kPolicyWords = 12;
+static_assert(sizeof(Policy) == 4 * kPolicyWords, "the words of one policy in the table");
 
 // Columns of the statistics of one layer, int64, summed over calls.
 enum Statistic { kCalls, kRows, kActive, kActiveBase, kMovedSlots, kCritical, kNumStatistics };

@@ -7,6 +7,8 @@
 // A call has two passes with a barrier of all rows between them:
 //   decide   what the row insists on; the union over all live rows is U
 //   settle   which experts and weights the row ends up with, given U
+// Between them the backend fills U up to the largest `max_active` of the call's budget rows, by
+// falling demand; `least_demand` says how far.
 //
 // `Row` offers
 //   call(), kind(), policy()            the data; the row's policy, which a vanilla row may lack
@@ -16,8 +18,8 @@
 //   sum(floats)                         sum over the slots
 //   open()                              read the row's scores, unless done; every expert is then
 //                                       in the pool
-//   softmax()                           the row's denominators, known after `open`; a backend
-//                                       hands them from pass 1 to pass 2 with `order`
+//   softmax()                           the row's denominators, known after `open`; only for a
+//                                       backend that makes a new row for pass 2
 //   rank_base(order)                    the engine's valid choices, best first, leave the pool for
 //                                       order[0..n); returns n
 //   pop()                               the best expert of the pool leaves it; -1 if it is empty
@@ -28,8 +30,12 @@
 //   gates_of(ids, n)                    combine weights of the first n ids, 0 for other slots
 //   gate_total()                        sum of the combine weights of all experts
 //   require(ids, n), require_base()     put experts into U
+//   add_demand(f)                       f(t) gives the {id, quanta} by which slot t raises demand;
+//                                       the row's max_active counts from now on
 //   in_union(e), nearest(u)             read U: membership; the most similar expert to u in U
-//   expect_neighbours(ids)              a hint that `nearest` will be asked for these
+//   nearest_slot(u, ids, n)             which of the first n ids is the most similar to u; ties
+//                                       go to the lowest id, here and above
+//   expect_neighbours(ids)              a hint that the two above will be asked for these
 //   write(f), copy_base()               emit the row: f(t) gives slot t's {id, weight}
 //   mark(which, ids, n), add_moved(n)   statistics
 #pragma once
@@ -47,6 +53,11 @@ struct Neighbour {
   float similarity;
 };
 
+struct Demand {
+  int id;
+  uint32_t quanta;
+};
+
 // What the softmax of a row needs besides its logits. Factors cancel where weights are renormalised.
 struct Softmax {
   float top = 0.0f;  // largest logit, at most kLargest
@@ -60,6 +71,14 @@ MOE_ROUTING_FN int popcount(unsigned bits) {
   return __popc(bits);
 #else
   return __builtin_popcount(bits);
+#endif
+}
+
+MOE_ROUTING_FN int lowest_bit(unsigned bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
 #endif
 }
 
@@ -114,6 +133,40 @@ MOE_ROUTING_FN int num_guaranteed(Row& row, const typename Row::Ints& order) {
   return count;
 }
 
+// What an expert with this share of a row's gates is worth to the row. Demand adds up in whole
+// quanta, so that the order of the rows does not matter.
+MOE_ROUTING_FN uint32_t quanta_of(float share, int exponent) {
+  if (!(share > 0.0f)) return 0;  // NaN too
+  const float capped = share < 1.0f ? share : 1.0f;
+  const float utility = exponent == 2 ? capped * capped : capped;
+  const uint32_t quanta = static_cast<uint32_t>(utility * kQuanta + 0.5f);
+  return quanta > 0 ? quanta : 1;
+}
+
+// The demand from which on experts join U where `free` may join; at least 1. Equal demands may be
+// too many. `count(x)` says how many experts outside U have a demand of at least x.
+template <class Count>
+MOE_ROUTING_FN uint32_t least_demand(int free, int num_rows, Count count) {
+  if (count(1u) <= free) return 1;
+  uint32_t bit = kQuanta;
+  for (int rows = num_rows; rows > 1; rows /= 2) bit *= 2;  // the highest of any sum
+  uint32_t least = 0;
+  MOE_ROUTING_ROLLED
+  for (; bit != 0; bit /= 2) {
+    const int found = count(least | bit);
+    if (found >= free) least |= bit;
+    if (found == free) break;
+  }
+  return least;
+}
+
+// Whether part of the row's weight follows the experts that it loses.
+template <class Row>
+MOE_ROUTING_FN bool maps_weights(Row& row) {
+  const bool can = row.kind() == Kind::oea || row.kind() == Kind::budget;
+  return can && row.policy().mapped_share > 0.0f;
+}
+
 // Pass 1. Fills `order`, the row's first top_k experts in rank order, and returns how many of them
 // it insists on. A vanilla row whose choice the engine made insists on that choice as it stands;
 // its order is not needed and not made.
@@ -127,9 +180,16 @@ MOE_ROUTING_FN int decide(Row& row, typename Row::Ints& order) {
   row.open();
   MOE_ROUTING_ROLLED
   for (int n = row.rank_base(order); n < call.top_k; ++n) row.put(order, n, row.pop());
-  if (row.kind() == Kind::sere) row.expect_neighbours(order);
+  if (row.kind() == Kind::sere || maps_weights(row)) row.expect_neighbours(order);
   const int guaranteed = num_guaranteed(row, order);
   row.require(order, guaranteed);
+  if (row.kind() == Kind::budget) {
+    const auto gates = row.gates_of(order, call.top_k);
+    const auto shares = gates / row.sum(gates);
+    const int exponent = row.policy().exponent;
+    row.add_demand(
+        [&](int t) { return Demand{row.at(order, t), quanta_of(row.at(shares, t), exponent)}; });
+  }
   return guaranteed;
 }
 
@@ -160,15 +220,16 @@ MOE_ROUTING_FN void tally(Row& row, const typename Row::Ints& base, const typena
   row.add_moved(popcount(moved));
 }
 
-// OEA: after the guaranteed experts come those of U, in the row's own order of preference.
+// OEA, budget: after the guaranteed experts come those of U, in the row's own order of preference.
 // Fills `chosen`, which starts as `order`, and returns how many experts the row has then.
 template <class Row>
 MOE_ROUTING_FN int piggyback(Row& row, const typename Row::Ints& order, int guaranteed,
                              typename Row::Ints& chosen) {
   const int k = row.call().top_k;
   const int num_experts = row.call().num_experts;
-  const int limit = smaller(row.policy().k_max, k);
-  const int max_rank = smaller(row.policy().max_rank, num_experts);
+  const bool is_limited = row.kind() == Kind::oea;
+  const int limit = is_limited ? smaller(row.policy().k_max, k) : k;
+  const int max_rank = is_limited ? smaller(row.policy().max_rank, num_experts) : num_experts;
   unsigned loaded = row.which([&](int t) {
     return t >= guaranteed && t < max_rank && row.in_union(row.at(order, t));
   });
@@ -209,6 +270,27 @@ MOE_ROUTING_FN typename Row::Ints stand_ins(Row& row, const typename Row::Ints& 
   return ids;
 }
 
+// Blends into `chosen`, the weights of the first `n` of `ids`, the weights of the router's own
+// choice `base`, each on its own expert or on the most similar one that the row has.
+template <class Row>
+MOE_ROUTING_FN typename Row::Floats map_weights(Row& row, const typename Row::Ints& base,
+                                                const typename Row::Ints& ids, int n,
+                                                const typename Row::Floats& chosen) {
+  const int k = row.call().top_k;
+  const float share = row.policy().mapped_share;
+  const auto own = (row.call().chooses ? weigh(row, base, k) : row.base_weights()) * share;
+  auto weights = chosen * (1.0f - share);
+  MOE_ROUTING_ROLLED
+  for (int t = 0; t < k; ++t) {
+    const int expert = row.get(base, t);
+    if (expert < 0) continue;
+    const unsigned kept = row.which([&](int s) { return s < n && row.at(ids, s) == expert; });
+    const int slot = kept != 0 ? lowest_bit(kept) : row.nearest_slot(expert, ids, n);
+    row.put(weights, slot, row.get(weights, slot) + row.get(own, t));
+  }
+  return weights;
+}
+
 // Pass 2. `order` and `guaranteed` are what `decide` made of the row. Free slots repeat the first
 // expert at weight 0, so that a filler never activates an expert.
 template <class Row>
@@ -221,13 +303,16 @@ MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, int guaran
     tally(row, base, base, call.top_k);
     return row.copy_base();
   }
-  if (kind == Kind::oea || call.num_groups > 1) row.open();
+  const bool piggybacks = kind == Kind::oea || kind == Kind::budget;
+  if (piggybacks || call.num_groups > 1) row.open();
   typename Row::Ints ids = order;
   int n = kind == Kind::topk ? guaranteed : call.top_k;
-  if (kind == Kind::oea) n = piggyback(row, order, guaranteed, ids);
+  if (piggybacks) n = piggyback(row, order, guaranteed, ids);
+  if (n == 0) n = 1;  // a budget row whose call demands nothing keeps its first expert
   const bool keeps_weights = kind == Kind::sere && !call.chooses;
-  const auto weights = keeps_weights ? row.base_weights() : weigh(row, ids, n);
-  const int first = row.get(order, 0);
+  auto weights = keeps_weights ? row.base_weights() : weigh(row, ids, n);
+  if (maps_weights(row)) weights = map_weights(row, base, ids, n, weights);
+  const int first = row.get(ids, 0);
   if (kind == Kind::sere) ids = stand_ins(row, base, first);
   tally(row, base, ids, n);
   row.write([&](int t) { return Expert{t < n ? row.at(ids, t) : first, row.at(weights, t)}; });

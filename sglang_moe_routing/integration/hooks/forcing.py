@@ -63,7 +63,7 @@ def sample(
 
 HOOKS = (
     Hook(
-        target=FORWARD_BATCH.target,
+        target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
         parameters=FORWARD_BATCH.parameters,
         kind="after",
         function=attach_tokens,

@@ -1,0 +1,94 @@
+"""`budget`: a bound on the active experts of a call, spent where the tokens' weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .base import Count, Parameters, Rows, Schedule
+from .mapping import Mapped
+
+QUANTUM = 2.0**-16
+"""Demand is summed in whole quanta: the sum does not depend on its order. 65,535 rows fit 32 bits.
+"""
+
+
+class Budget(Mapped):
+    """The batch loads at most `max_active` experts, those that its tokens weigh most.
+
+    The union of what rows require, of every policy, comes first. Then it is filled up to
+    `max_active` (the largest of the budget rows in the call) by falling demand: the sum over
+    budget rows of a utility of the expert's normalised gate, for the row's own top-k. Then every
+    token takes its best top-k experts inside the union, weighed as the model does. A call whose
+    choice fits the budget keeps its experts.
+
+    The fill is the greedy set of XShare (arXiv 2602.07265) with squared gates: a token's lost
+    output grows with the square of the weight it loses.
+    """
+
+    kind: Literal["budget"] = "budget"
+    max_active: Count
+    """Most active experts per layer and step. Experts that other policies' rows, or `k0`, require
+    come on top once they are more."""
+    k0: Annotated[int, Field(ge=0)] = 0
+    """Experts that each token is guaranteed. Above 0 the bound is no longer hard."""
+    utility: Literal["squared_gate", "gate"] = "squared_gate"
+    """What an expert is worth to a token, of its gate normalised over the token's top-k."""
+
+    def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
+        return {
+            "max_active": self.max_active,
+            "k0": self.k0,
+            "exponent": 2 if self.utility == "squared_gate" else 1,
+            **super().parameters(),
+        }
+
+    def is_vanilla(self, layer: int, num_rows: int, top_k: int) -> bool:
+        return self.k0 >= top_k
+
+    def check(self, top_k: int, num_experts: int) -> list[str]:
+        problems = []
+        worst = max(self.max_active.values())
+        if worst > num_experts:
+            problems.append(f"max_active: {worst} exceeds the model's {num_experts} experts")
+        if self.k0 > top_k:
+            problems.append(f"k0: {self.k0} exceeds the model's top_k of {top_k}")
+        return problems
+
+    @classmethod
+    def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
+        return rows.rank < parameters["k0"][:, None]
+
+    @classmethod
+    def fill(cls, rows: Rows, parameters: Parameters, selected: Tensor, union: Tensor) -> Tensor:
+        if len(selected) == 0:
+            return union
+        demand = torch.where(selected[:, None], cls._demand(rows, parameters), 0).sum(dim=0)
+        wanted = torch.where(selected, parameters["max_active"].long(), 0).amax()
+        candidates = torch.where(union, 0, demand)
+        order = candidates.argsort(descending=True, stable=True)  # ties to the lower id
+        place = order.argsort()
+        return union | ((candidates > 0) & (place < wanted - union.sum()))
+
+    @classmethod
+    def _demand(cls, rows: Rows, parameters: Parameters) -> Tensor:
+        """int64 ``[num_tokens, num_experts]``, quanta; at least 1 for an expert with any gate."""
+        base = rows.order[:, : rows.top_k]
+        gates = rows.gates.gather(1, base)
+        share = gates / gates.sum(dim=1, keepdim=True)
+        utility = torch.where(parameters["exponent"][:, None] == 2, share * share, share)
+        quanta = (utility.clamp(max=1) / QUANTUM + 0.5).nan_to_num(nan=0.0).long().clamp(min=1)
+        quanta = torch.where(share > 0, quanta, 0)
+        return torch.zeros_like(rows.rank).scatter_(1, base, quanta)
+
+    @classmethod
+    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
+        usable = (union | cls.required(rows, parameters, union)).gather(1, rows.order)
+        kept = usable & (usable.cumsum(dim=1) <= rows.top_k)
+        kept[:, 0] |= ~kept.any(dim=1)  # nobody wants anything: every row keeps its first
+        ids, weights = rows.take(kept.gather(1, rows.rank))
+        return ids, cls.map_weights(rows, parameters, ids, weights)
