@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import __version__
 from ..artifacts import SimilarityArtifact, save_artifact
 from ..errors import CalibrationError
 from ..text import TokenizedText
@@ -34,7 +35,7 @@ Report = Callable[[int, int, int], None]
 """Called with (layer, batches done, batches in all)."""
 
 _STATE, _HIDDEN, _MATRIX = "run.json", "hidden-{}.safetensors", "layer-{}.safetensors"
-_PACKAGES = ("sglang-moe-routing", "torch", "transformers")
+_PACKAGES = ("torch", "transformers")
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _ROUGH_TOLERANCE = 0.05  # 16-bit outputs, added up in another order
 
@@ -196,7 +197,8 @@ class Calibration:
             "compute_dtype": str(self.model.dtype),
             "layers": self._wanted,
             "dtype": str(self.dtype),
-            "versions": {name: metadata.version(name) for name in _PACKAGES},
+            "versions": {"sglang-moe-routing": __version__}
+            | {name: metadata.version(name) for name in _PACKAGES},
         }
 
     def _prepare_folder(self, restart: bool) -> None:
