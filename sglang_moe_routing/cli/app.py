@@ -14,8 +14,10 @@ from .check import check
 from .client import client
 from .configs import policies, validate
 from .demo import demo
+from .evaluate import evaluate
 from .inspect import inspect
 from .serve import serve
+from .tune import tune
 
 app = typer.Typer(
     name="sglang-moe-routing",
@@ -56,5 +58,7 @@ app.command()(inspect)
 app.command()(check)
 app.command()(build)
 app.command()(demo)
+app.command(context_settings={"allow_extra_args": True})(evaluate)
+app.command(context_settings={"allow_extra_args": True})(tune)
 app.add_typer(bench)
 app.command()(client)

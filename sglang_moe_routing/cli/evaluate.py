@@ -1,0 +1,320 @@
+"""``evaluate``: what policies cost in quality and save in active experts, on the real engine."""
+
+from __future__ import annotations
+
+import json as json_module
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..bench.machine import describe_machine
+from ..bench.server import running_server
+from ..config import LoadedConfig, load_config
+from ..errors import BenchError, EngineError, RoutingRequestError, TextError
+from ..evaluation.forced import ForcedDecoder, server_flags
+from ..evaluation.measure import Evaluation
+from ..evaluation.report import Row, rows_of, write_report
+from ..evaluation.run import Result, cases, check_cases, run
+from ..integration import environment
+from ..policies import Policy
+from ..text import TokenizedText, load_tokenizer, read_text
+from .output import Json, check_matplotlib, clear_errors, console, errors, print_json
+
+Model = Annotated[str, typer.Argument(help="Model folder or name.")]
+Data = Annotated[
+    list[str],
+    typer.Option(help="Text, JSONL or Parquet files, or data sets; repeatable.", metavar="SOURCE"),
+]
+PrefixLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens that are scored after each prompt.")]
+NumSequences = Annotated[int, typer.Option(min=1, help="Sequences, from all sources together.")]
+Seed = Annotated[int, typer.Option(help="Of the choice of sequences and their batches.")]
+TextColumn = Annotated[str, typer.Option(help="Column of a table that holds the text.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the tokenizer brings.")
+]
+Cpu = Annotated[
+    bool | None,
+    typer.Option(
+        "--cpu/--no-cpu",
+        help="Use the portable CPU platform; by default where there is no accelerator.",
+    ),
+]
+
+
+def evaluate(
+    context: typer.Context,
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the report.", file_okay=False)],
+    routing_config: Annotated[Path, typer.Option(help="Routing config (YAML).")],
+    policies: Annotated[
+        str | None,
+        typer.Option(help="Policies to measure, separated by commas; all choosable if absent."),
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences per batch.")] = "1,4,8,16,32",
+    prefix_len: PrefixLen = 64,
+    max_tokens: MaxTokens = 96,
+    num_sequences: NumSequences = 160,
+    same_domain: Annotated[
+        bool, typer.Option("--same-domain", help="Also measure batches of one source each.")
+    ] = False,
+    vanilla_share: Annotated[
+        float,
+        typer.Option(min=0.0, max=0.99, help="Also measure batches with such a vanilla share."),
+    ] = 0.0,
+    bench: Annotated[
+        Path | None, typer.Option(help="Result of bench serve, to show TPOT beside quality.")
+    ] = None,
+    seed: Seed = 0,
+    text_column: TextColumn = "text",
+    trust_remote_code: TrustRemoteCode = False,
+    cpu: Cpu = None,
+    json: Json = False,
+) -> None:
+    """Decode text under each policy, token by token as the text says; score every next token.
+
+    Options after -- go to SGLang's server, for example -- --dtype float32 --tp 2.
+    """
+    check_matplotlib("the report")
+    with clear_errors(), ExitStack() as stack:
+        loaded = load_config(routing_config)
+        names = wanted_policies(policies, loaded.config.choosable)
+        sizes = parse_batch_sizes(batch_sizes)
+        times = read_bench(bench)
+        text = tokenized(
+            model,
+            data,
+            prefix_len=prefix_len,
+            max_tokens=max_tokens,
+            num_sequences=num_sequences,
+            seed=seed,
+            column=text_column,
+            trust_remote_code=trust_remote_code,
+        )
+        wanted = list(cases(names, sizes, same_domain=same_domain, vanilla_share=vanilla_share))
+        check_cases(text, seed, wanted)
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "data": [Path(source).name for source in data],
+            "text_sha256": text.sha256,
+            "batch_sizes": sizes,
+            "prefix_len": prefix_len,
+            "max_tokens": max_tokens,
+            "num_sequences": num_sequences,
+            "vanilla_share": vanilla_share,
+            "seed": seed,
+            "server_options": context.args,
+        }
+        result = Result(out / "results.json", header(model, settings))
+        status = stack.enter_context(errors.status("starting the server"))
+        evaluation = stack.enter_context(
+            measuring(
+                model,
+                routing_config,
+                text,
+                prefix_len=prefix_len,
+                batch_size=max(sizes),
+                seed=seed,
+                flags=context.args,
+                cpu=cpu,
+                log=out / "server.log",
+                on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+            )
+        )
+        with keeping_partial(result):
+            run(evaluation, wanted, result, status.update)
+    families = families_of(loaded)
+    write_report(result.as_json(), families, out, times)
+    if json:
+        print_json(result.as_json())
+    else:
+        print_rows(rows_of(result.as_json(), families, times))
+    errors.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def wanted_policies(wanted: str | None, known: Sequence[str]) -> list[str]:
+    """Names to measure. Raises `RoutingRequestError` for one that the config lacks."""
+    names = [name.strip() for name in wanted.split(",")] if wanted else list(known)
+    for name in names:
+        if name not in known:
+            raise RoutingRequestError(
+                f"policy {name!r} is not in the config; choosable: {', '.join(known)}"
+            )
+    return names
+
+
+def parse_batch_sizes(text: str) -> list[int]:
+    """Batch sizes, rising. Raises `BenchError` if they are none."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise BenchError(f"--batch-sizes {text!r}: write positive numbers such as 1,8,32")
+    return sorted({int(part) for part in parts})
+
+
+def read_bench(file: Path | None) -> Mapping[str, Any] | None:
+    """Figures of every policy that ``bench serve`` timed. Raises `BenchError` if it has none."""
+    if file is None:
+        return None
+    try:
+        policies = json_module.loads(file.read_text(encoding="utf-8"))["policies"]
+        return {name: {"tpot_ms": found["tpot_ms"]} for name, found in policies.items()}
+    except OSError as error:
+        raise BenchError(f"--bench {file}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BenchError(f"--bench {file}: is no result of bench serve --json") from None
+
+
+def tokenized(
+    model: str,
+    data: Sequence[str],
+    *,
+    prefix_len: int,
+    max_tokens: int,
+    num_sequences: int,
+    seed: int,
+    column: str,
+    trust_remote_code: bool,
+) -> TokenizedText:
+    """The text to measure on. Raises `TextError`, also if it does not suit the model."""
+    text = read_text(
+        data,
+        load_tokenizer(model, trust_remote_code),
+        num_sequences=num_sequences,
+        sequence_length=prefix_len + 1 + max_tokens,
+        seed=seed,
+        column=column,
+    )
+    _check_vocabulary(model, int(text.token_ids.max()), trust_remote_code)
+    return text
+
+
+def _check_vocabulary(model: str, largest: int, trust_remote_code: bool) -> None:
+    size = _model_config(model, trust_remote_code).vocab_size
+    if largest >= size:
+        raise TextError(
+            f"{model}: its tokenizer makes token {largest}, its vocabulary has {size}: the "
+            "tokenizer is another model's"
+        )
+
+
+def _model_config(model: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise TextError(f"{model}: no usable model config: {error}") from None
+    return config.get_text_config()
+
+
+def model_sizes(model: str, trust_remote_code: bool) -> tuple[int, int]:
+    """Routed experts and experts per token of the model's MoE layers.
+
+    Raises:
+        TextError: the model's config cannot be read.
+        BenchError: it names no such sizes.
+    """
+    config = _model_config(model, trust_remote_code)
+    num_experts = _first(config, "num_experts", "n_routed_experts", "num_local_experts")
+    top_k = _first(config, "num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    if num_experts is None or top_k is None:
+        raise BenchError(f"{model}: its config names no number of experts, or none per token")
+    return num_experts, top_k
+
+
+def _first(config: Any, *names: str) -> int | None:
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def header(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result says besides its figures."""
+    return {
+        "model": Path(model).resolve().name if Path(model).is_dir() else model,
+        "settings": dict(settings),
+        "machine": describe_machine(),
+        "command": shlex.join(["sglang-moe-routing", *sys.argv[1:]]),
+    }
+
+
+@contextmanager
+def measuring(
+    model: str,
+    routing_config: Path,
+    text: TokenizedText,
+    *,
+    prefix_len: int,
+    batch_size: int,
+    seed: int,
+    flags: Sequence[str],
+    cpu: bool | None,
+    log: Path,
+    on_wait: Callable[[str], None],
+) -> Iterator[Evaluation]:
+    """A server that forces tokens, and everything to measure policies on it."""
+    with ExitStack() as stack:
+        server = stack.enter_context(
+            running_server(
+                model,
+                config=routing_config,
+                flags=[*server_flags(batch_size, prefix_len), *flags],
+                environment={environment.FORCE: "1"},
+                log=log,
+                cpu=cpu,
+                on_wait=on_wait,
+            )
+        )
+        decoder = stack.enter_context(ForcedDecoder(server.url, server.check))
+        yield Evaluation(decoder, text, prefix_len, seed)
+
+
+@contextmanager
+def keeping_partial(result: Result) -> Iterator[None]:
+    """Say where partial results lie if the measurement ends early."""
+    try:
+        yield
+    except (EngineError, BenchError) as error:
+        kept = f"; what was measured is in {result.file}, marked as partial"
+        raise type(error)(f"{error}{kept if result.figures else ''}") from error
+
+
+def families_of(loaded: LoadedConfig) -> dict[str, str]:
+    """Policies by what they have in common: a curve of the report."""
+    config = loaded.config
+    named = zip(config.names, config.definitions, strict=True)
+    return {name: _family(policy, config.artifact_of(name)) for name, policy in named}
+
+
+def _family(policy: Policy, artifact: str | None) -> str:
+    if artifact is None:
+        return policy.kind
+    return f"{policy.kind}, {artifact}" if policy.kind == "sere" else f"{policy.kind} + mapping"
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    for section in dict.fromkeys(row["section"] for row in rows):
+        table = Table(title=section.replace("_", " "), box=None, header_style="bold")
+        table.add_column("policy", overflow="fold")
+        for title in ("batch", "cross-entropy", "delta", "95 % interval", "agree %", "T", "T base"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            if row["section"] == section:
+                table.add_row(row["policy"], *_cells(row))
+        console.print(table)
+
+
+def _cells(row: Row) -> Iterator[str]:
+    yield str(row["batch_size"])
+    yield f"{row['cross_entropy']:.4f}"
+    yield f"{row['delta']:+.4f}"
+    yield f"{row['ci_low']:+.4f} {row['ci_high']:+.4f}"
+    yield f"{100 * row['agreement']:.1f}"
+    yield f"{row['active_experts']:.2f}"
+    yield f"{row['active_experts_base']:.2f}"

@@ -1,0 +1,1 @@
+"""What policies cost in quality and save in active experts, measured on the real engine."""

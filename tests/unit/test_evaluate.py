@@ -1,0 +1,294 @@
+"""`evaluate` and `tune` without a server: batches, intervals, search, report, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from sglang_moe_routing import demo
+from sglang_moe_routing.cli import app
+from sglang_moe_routing.errors import BenchError
+from sglang_moe_routing.evaluation import tune as tuning
+from sglang_moe_routing.evaluation.measure import (
+    Interval,
+    Measured,
+    Setting,
+    batches,
+    bootstrap,
+    figures,
+)
+from sglang_moe_routing.evaluation.report import rows_of, write_report
+from sglang_moe_routing.evaluation.run import Case, Result, cases
+from sglang_moe_routing.evaluation.tune import Family, Trial, Tuning
+from sglang_moe_routing.policies import builtin_registry
+from sglang_moe_routing.text import TokenizedText
+
+RUNNER = CliRunner()
+TEXT = Path(__file__).parents[2] / "docs" / "cli.md"
+
+
+def text_of(num_sequences: int, num_sources: int) -> TokenizedText:
+    ids = torch.arange(num_sequences)[:, None].expand(-1, 3).clone()
+    return TokenizedText(ids, tuple(f"{i}.txt" for i in range(num_sources)), 0)
+
+
+# --- batches and figures -------------------------------------------------------------------------
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(0, 9))
+def test_batches_hold_every_sequence_once(
+    batch_size: int, per_source: int, num_sources: int, seed: int
+) -> None:
+    text = text_of(batch_size * per_source * num_sources, num_sources)
+    for grouping in ("mixed", "same"):
+        rows = batches(text, Setting(batch_size, grouping), seed)  # type: ignore[arg-type]
+        assert rows.shape[1] == batch_size
+        assert sorted(rows.flatten().tolist()) == list(range(len(text.token_ids)))
+        if grouping == "same":
+            source = rows // (batch_size * per_source)
+            assert bool((source == source[:, :1]).all())
+
+
+@pytest.mark.parametrize("setting", [Setting(4), Setting(3, grouping="same")])
+def test_sequences_that_make_no_whole_batches_are_refused(setting: Setting) -> None:
+    with pytest.raises(BenchError, match=f"do not make batches of {setting.batch_size}"):
+        batches(text_of(10, 2), setting, 0)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "share", "expected"), [(16, 0.5, 8), (16, 0.0, 0), (4, 0.01, 1), (4, 0.99, 3)]
+)
+def test_a_mixed_batch_has_both_kinds(batch_size: int, share: float, expected: int) -> None:
+    assert Setting(batch_size, vanilla_share=share).num_vanilla == expected
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    generator = torch.Generator().manual_seed(1)
+    differences = torch.randn(400, generator=generator).double() * 2 + 5
+    found = bootstrap(differences)
+    half = 1.96 * float(differences.std()) / 20
+    assert found.mean == pytest.approx(float(differences.mean()))
+    assert found.low == pytest.approx(found.mean - half, abs=0.03)
+    assert found.high == pytest.approx(found.mean + half, abs=0.03)
+    assert bootstrap(differences) == found
+
+
+def measured(losses: torch.Tensor, follows: Sequence[bool], active: float) -> Measured:
+    layers = torch.full((2,), active).double()
+    best = torch.zeros(losses.shape, dtype=torch.int64)
+    return Measured("p", Setting(2), losses, best, torch.tensor(follows), layers, layers)
+
+
+def test_figures_of_a_mixed_batch_tell_both_kinds_apart() -> None:
+    vanilla = measured(torch.ones(4, 3).double(), [True] * 4, 8)
+    losses = torch.tensor([1.0, 1.5, 1.0, 1.7]).double()[:, None].expand(4, 3)
+    found: Any = figures(measured(losses, [False, True, False, True], 4), vanilla)
+    assert found["delta"] == pytest.approx(0.6)
+    assert found["cross_entropy"] == pytest.approx(1.6)
+    assert found["tokens"] == 6
+    assert found["active_share"] == 0.5
+    assert found["vanilla_rows"]["delta"] == 0
+    assert found["vanilla_rows"]["largest_change_of_a_sequence"] == 0
+
+
+def test_every_cell_comes_after_the_vanilla_that_it_is_compared_with() -> None:
+    wanted = list(cases(["a", "vanilla", "b"], [1, 4], same_domain=True, vanilla_share=0.5))
+    assert [c.policy for c in wanted if c.section == "policies"] == ["vanilla", "a", "b"] * 2
+    assert [c.setting.batch_size for c in wanted if c.section == "mixed_policies"] == [4, 4]
+    assert sum(c.section == "same_domain" for c in wanted) == 6
+
+
+# --- the search ----------------------------------------------------------------------------------
+
+
+def trial(family: str, value: int, size: int, delta: float, active: float) -> Trial:
+    interval = Interval(delta, delta - 0.01, delta + 0.01)
+    return Trial(family, value, size, 3.0 + delta, interval, 0.005, 0.03, active, 40.0)
+
+
+@given(st.integers(1, 40), st.integers(-1, 41))
+def test_the_smallest_safe_value_is_found(num_values: int, first_safe: int) -> None:
+    family = Family("f", "k0", range(10, 10 + num_values), {})
+    asked: list[int] = []
+
+    def attempt(family: Family, value: int, size: int) -> Trial:
+        asked.append(value)
+        return trial("f", value, size, 0.0 if value - 10 >= first_safe else 1.0, value)
+
+    found = tuning._smallest(family, 4, attempt)
+    safe = [value for value in family.values if value - 10 >= first_safe]
+    assert (found and found.value) == (safe[0] if safe else None)
+    assert len(asked) <= num_values.bit_length()
+
+
+def test_safe_leaves_a_standard_error_to_spare() -> None:
+    assert trial("f", 1, 4, 0.024, 9).is_safe
+    assert not trial("f", 1, 4, 0.026, 9).is_safe
+    assert trial("f", 1, 4, 0.030, 9).is_within
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=5, unique=True), st.data())
+def test_between_two_sizes_the_safer_value_holds(sizes: list[int], data: st.DataObject) -> None:
+    sizes = sorted(sizes)
+    values = {size: data.draw(st.integers(1, 30)) for size in sizes}
+    family = Family("budget", "max_active", range(1, 31), {"kind": "budget"})
+    definition = tuning.definition_of(Tuning(family, values, [], []))
+    policy: Any = builtin_registry()["budget"].model_validate(definition)
+    assert (policy.engage.min_rows, policy.engage.max_rows) == (sizes[0], sizes[-1])
+    for rows in range(sizes[0], sizes[-1] + 1):
+        below = max(size for size in sizes if size <= rows)
+        above = min(size for size in sizes if size >= rows)
+        expected = max(values[below], values[above])
+        assert policy.max_active.value(0, rows) == expected
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (32, 4), (64, 8), (128, 8), (512, 10)])
+def test_every_candidate_fits_the_model(num_experts: int, top_k: int) -> None:
+    kinds = ("budget", "oea", "sere", "topk")
+    found = tuning.families(num_experts, top_k, kinds, similarity=True)
+    names = {family.name for family in found}
+    assert names == {"budget", "budget-mapped", "oea", "oea-mapped", "sere", "topk"}
+    for definition in tuning.candidates(found).values():
+        policy = builtin_registry()[definition["kind"]].model_validate(definition)
+        assert policy.check(top_k, num_experts) == []
+    without = tuning.families(num_experts, top_k, kinds, similarity=False)
+    assert {family.name for family in without} == {"budget", "oea", "topk"}
+
+
+def test_halves_share_no_sequence() -> None:
+    first, second = tuning.halves(text_of(10, 2))
+    assert sorted([*first.token_ids[:, 0], *second.token_ids[:, 0]]) == list(range(10))
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def result_file(folder: Path) -> Result:
+    about = {
+        "model": "m<odel>",
+        "settings": {"batch_sizes": [4], "vanilla_share": 0.0},
+        "machine": {"processor": "p & q", "versions": {"sglang": "0"}},
+        "command": "evaluate '<x>'",
+    }
+    result = Result(folder / "results.json", about)
+    vanilla = measured(torch.ones(4, 3).double(), [True] * 4, 8)
+    for name, losses in (("vanilla", 1.0), ("<b>bold", 1.2)):
+        own = measured(torch.full((4, 3), losses).double(), [True] * 4, 8 / losses)
+        result.add(Case("policies", name, Setting(4)), figures(own, vanilla))
+    return result
+
+
+def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
+    result = result_file(tmp_path)
+    families = {"vanilla": "vanilla", "<b>bold": "oea"}
+    files = write_report(result.as_json(), families, tmp_path)
+    assert {file.name for file in files} == {
+        "results.csv", "pareto.png", "layers.png", "report.html",
+    }  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>bold" not in page
+    assert "&lt;b&gt;bold" in page
+    assert "p &amp; q" in page
+    assert "Partial." in page
+    (row,) = [r for r in csv.DictReader((tmp_path / "results.csv").open()) if r["family"] == "oea"]
+    assert float(row["delta"]) == pytest.approx(0.2)
+
+
+def test_a_complete_report_says_nothing_of_parts(tmp_path: Path) -> None:
+    result = result_file(tmp_path)
+    result.complete = True
+    result.write()
+    assert json.loads(result.file.read_text())["complete"]
+    write_report(result.as_json(), {}, tmp_path)
+    assert "Partial." not in (tmp_path / "report.html").read_text()
+
+
+def test_rows_take_times_from_bench_serve(tmp_path: Path) -> None:
+    rows = rows_of(result_file(tmp_path).as_json(), {}, {"vanilla": {"tpot_ms": 7.0}})
+    assert [row["tpot_ms"] for row in rows] == [7.0, None]
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def fails(*arguments: str) -> str:
+    done = RUNNER.invoke(app, arguments)
+    assert done.exit_code == 1, done.output
+    return " ".join(done.stderr.split())
+
+
+def evaluate(tmp_path: Path, *more: str, model: Path = demo.MODEL) -> str:
+    config = tmp_path / "routing.yaml"
+    config.write_text("version: 1\npolicies: {fast: {kind: oea, k0: 2}}\n")
+    options = ("--routing-config", str(config), "--out", str(tmp_path / "out"))
+    return fails("evaluate", str(model), "--data", str(TEXT), *options, *more)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "fast,slow"], "policy 'slow' is not in the config; choosable: vanilla, fa"),
+        (["--num-sequences", "10000"], "sequences of 161 tokens, 10000 are needed"),
+        (["--batch-sizes", "4,many"], "--batch-sizes '4,many': write positive numbers"),
+        (["--batch-sizes", "0"], "--batch-sizes '0'"),
+        (
+            ["--batch-sizes", "7", "--num-sequences", "16", "--max-tokens", "8"],
+            "16 sequences do not make batches of 7",
+        ),
+        (["--bench", "nosuch.json"], "--bench nosuch.json: cannot be read"),
+    ],
+)
+def test_evaluate_names_what_is_wrong(tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in evaluate(tmp_path, *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_bench_result_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"policies": 3}')
+    assert "is no result of bench serve" in evaluate(tmp_path, "--bench", str(tmp_path / "x.json"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model = shutil.copytree(demo.MODEL, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    text = evaluate(tmp_path, "--num-sequences", "4", "--max-tokens", "8", model=model)
+    assert "its vocabulary has 20: the tokenizer is another model's" in text
+
+
+def tune(tmp_path: Path, *more: str) -> str:
+    out = ("--out", str(tmp_path / "tuned.yaml"))
+    return fails("tune", str(demo.MODEL), "--data", str(TEXT), *out, *more)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kinds", "oea,xyz"], "--kinds: 'xyz' cannot be tuned; choose of budget, oea, sere"),
+        (
+            ["--num-sequences", "24"],
+            "two halves of it do not make batches of 16; use a multiple of 32",
+        ),
+        (["--similarity", "nosuch.safetensors"], "nosuch.safetensors"),
+    ],
+)
+def test_tune_names_what_is_wrong(tmp_path: Path, options: list[str], message: str) -> None:
+    more = () if "--num-sequences" in options else ("--num-sequences", "32", "--max-tokens", "8")
+    assert message in tune(tmp_path, *options, *more)
+    assert not (tmp_path / "tuned.yaml").exists()
+
+
+def test_tune_replaces_a_config_on_request_only(tmp_path: Path) -> None:
+    (tmp_path / "tuned.yaml").write_text("mine")
+    assert "is there already; add --overwrite" in tune(tmp_path)
+    assert (tmp_path / "tuned.yaml").read_text() == "mine"
