@@ -184,6 +184,7 @@ def figures(measured: Measured, vanilla: Measured) -> dict[str, object]:
         "active_experts_per_layer": [round(value, 3) for value in measured.active.tolist()],
         "active_experts_base_per_layer": [round(value, 3) for value in vanilla.active.tolist()],
         "tokens": int(rows.sum()) * measured.losses.shape[1],
+        "sequence_losses": [round(x, 6) for x in measured.losses.mean(dim=1)[rows].tolist()],
     }
     if not bool(rows.all()):
         others = increase(measured, vanilla, follows=False)
