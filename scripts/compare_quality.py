@@ -1,6 +1,8 @@
-"""Compare two policies of an evaluation in pairs: python scripts/compare_quality.py RESULTS BATCH A B
+"""Compare two policies of one evaluation, sequence by sequence.
 
-Prints the mean difference of their cross-entropy (A - B, nats per token) with its 95 % bootstrap
+    python scripts/compare_quality.py RESULTS BATCH POLICY POLICY
+
+Prints the mean difference of their cross-entropy (first - second, nats per token) with its 95 % bootstrap
 interval over sequences, and their active experts. Both must follow the same sequences.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from ..bench.machine import describe_machine
@@ -300,9 +301,9 @@ def _family(policy: Policy, artifact: str | None) -> str:
 
 def print_rows(rows: Sequence[Row]) -> None:
     for section in dict.fromkeys(row["section"] for row in rows):
-        table = Table(title=section.replace("_", " "), box=None, header_style="bold")
+        table = Table(title=section.replace("_", " "), box=box.SIMPLE, collapse_padding=True)
         table.add_column("policy", overflow="fold")
-        for title in ("batch", "cross-entropy", "delta", "95 % interval", "agree %", "T", "T base"):
+        for title in ("batch", "CE", "delta", "95 % interval", "agree %", "T", "T\nbase"):
             table.add_column(title, justify="right", no_wrap=True)
         for row in rows:
             if row["section"] == section:
