@@ -2,8 +2,8 @@
 
     python scripts/compare_quality.py RESULTS BATCH POLICY POLICY
 
-Prints the mean difference of their cross-entropy (first - second, nats per token) with its 95 % bootstrap
-interval over sequences, and their active experts. Both must follow the same sequences.
+Prints the mean difference of their cross-entropy (first - second, nats per token) with its 95 %
+bootstrap interval over sequences, and their active experts. Both must follow the same sequences.
 """
 
 from __future__ import annotations

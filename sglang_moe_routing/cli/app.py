@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -41,7 +43,8 @@ def _options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    pass
+    # as Ctrl-C does: a command that is ended must not leave a server behind
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 app.command(

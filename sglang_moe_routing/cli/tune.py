@@ -182,7 +182,7 @@ def write_config(
     """Write the tuned config, its evidence in comments; the same as JSON values."""
     policies = {name: definition_of(tuning)}
     config = _config(policies, similarity, out.parent)
-    comments = "".join(f"# {line}\n" for line in evidence(tuning, about))
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in evidence(tuning, about))
     body = yaml.safe_dump(config, sort_keys=False)
     out.write_text(comments + "\n" + body, encoding="utf-8")
     load_config(out)

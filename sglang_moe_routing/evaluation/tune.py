@@ -181,7 +181,7 @@ def tune(
             f"no policy keeps the cross-entropy within {max_increase:.2%} of vanilla's at batch "
             f"sizes {', '.join(map(str, batch_sizes))}: allow more with --max-ce-increase"
         )
-    name = min(best, key=lambda name: _mean_share(best[name]))
+    name = min(best, key=lambda name: _merit(best[name]))
     chosen = next(family for family in found if family.name == name)
     values = {trial.batch_size: trial.value for trial in best[name]}
     tuning = Tuning(chosen, values, list(trials.values()), [])
@@ -239,8 +239,10 @@ def _smallest(
     return found
 
 
-def _mean_share(trials: Sequence[Trial]) -> float:
-    return sum(trial.active / trial.active_base for trial in trials) / len(trials)
+def _merit(trials: Sequence[Trial]) -> tuple[float, float]:
+    """The smaller, the better: share of active experts to a tenth of a percent, then quality."""
+    share = sum(trial.active / trial.active_base for trial in trials) / len(trials)
+    return round(share, 3), sum(trial.delta.mean for trial in trials)
 
 
 def _confirm(

@@ -243,16 +243,37 @@ def test_an_engine_that_dies_leaves_partial_results(tmp_path: Path) -> None:
     while not results.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-    )
-    os.killpg(int(children.stdout.split()[0]), signal.SIGKILL)
+    os.killpg(child_of(process), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "marked as partial" in errors
     partial = json.loads(results.read_text())
     assert not partial["complete"]
     assert partial["policies"]["vanilla"]["1"]["delta"] == 0
+
+
+def test_a_command_that_is_ended_leaves_no_server(tmp_path: Path) -> None:
+    (tmp_path / "routing.yaml").write_text(config_text())
+    options = ("--routing-config", str(tmp_path / "routing.yaml"), "--out", str(tmp_path / "out"))
+    arguments = command("evaluate", *options, "--batch-sizes", "4")
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    server = child_of(process)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.killpg(server, 0)
+
+
+def child_of(process: subprocess.Popen[Any]) -> int:
+    """Process id of the server that a command started; it leads its own group."""
+    while True:
+        assert process.poll() is None
+        found = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+        )
+        if found.stdout.strip():
+            return int(found.stdout.split()[0])
+        time.sleep(0.2)
 
 
 def test_tune_writes_a_config_that_keeps_the_bound(tmp_path: Path) -> None:

@@ -131,6 +131,13 @@ def test_the_smallest_safe_value_is_found(num_values: int, first_safe: int) -> N
     assert len(asked) <= num_values.bit_length()
 
 
+def test_of_equally_many_experts_the_better_quality_wins() -> None:
+    plain = [trial("plain", 12, 4, 0.020, 12), trial("plain", 28, 16, 0.020, 28)]
+    mapped = [trial("mapped", 12, 4, 0.015, 12), trial("mapped", 28, 16, 0.018, 28)]
+    fewer = [trial("fewer", 11, 4, 0.024, 11), trial("fewer", 27, 16, 0.024, 27)]
+    assert tuning._merit(fewer) < tuning._merit(mapped) < tuning._merit(plain)
+
+
 def test_safe_leaves_a_standard_error_to_spare() -> None:
     assert trial("f", 1, 4, 0.024, 9).is_safe
     assert not trial("f", 1, 4, 0.026, 9).is_safe
