@@ -292,26 +292,22 @@ def keep_off_close_demands(case: Case, rtol: float = DEMAND_RTOL) -> Case:
 
 def safe_max_active(case: Case, wanted: int, rtol: float) -> int:
     """The smallest max_active from `wanted` on under which rounding does not decide who joins U."""
-    union: set[int] = set()
     least, most = np.zeros((2, case.num_experts), dtype=np.int64)
     order = rank_rows(case)
     for row in case.live:
         spec, base = case.spec(row) or {}, order[row, : case.top_k].tolist()
-        if oracles.keeps_base(spec, case.top_k):
-            union |= {j for j in case.topk_ids[row].tolist() if 0 <= j < case.num_experts}
-            continue
         gates = case.gates[row].nan_to_num(nan=0.0).double().numpy()
-        union |= set(base[: oracles.required_count(spec, case.top_k, gates.tolist(), base)])
-        if spec["kind"] != "budget" or not gates[base].sum() > 0:
+        asks = spec["kind"] == "budget" and not oracles.keeps_base(spec, case.top_k)
+        if not asks or not gates[base].sum() > 0:
             continue
         shares = gates[base] / gates[base].sum()
         quanta = 65536 * (shares if spec["utility"] == "gate" else shares**2)
         for bound, factor in ((least, 1 - rtol), (most, 1 + rtol)):
             bound[base] += np.where(shares > 0, (quanta * factor + 0.5).clip(1), 0).astype(int)
-    candidates = [j for j in range(case.num_experts) if j not in union and most[j] > 0]
+    candidates = [j for j in range(case.num_experts) if most[j] > 0]
     candidates.sort(key=lambda j: (-least[j], j))
-    while 0 < wanted - len(union) < len(candidates):
-        last, next_best = candidates[: wanted - len(union)], candidates[wanted - len(union) :]
+    while 0 < wanted < len(candidates):
+        last, next_best = candidates[:wanted], candidates[wanted:]
         if min((least[j], -j) for j in last) > max((most[j], -j) for j in next_best):
             break
         wanted += 1

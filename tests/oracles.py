@@ -130,16 +130,12 @@ def row_demand(policy: RowPolicy, gates: Sequence[float], base: Sequence[int]) -
 
 
 def filled_up(union: set[int], demands: Sequence[dict[int, int]], wanted: int) -> set[int]:
-    """The union and, up to `wanted` experts, those that rows ask for most; ties to the lower id."""
+    """The union and the `wanted` experts that rows ask for most; ties to the lower id."""
     total: dict[int, int] = {}
     for demand in demands:
         for j, quanta in demand.items():
             total[j] = total.get(j, 0) + quanta
-    full = set(union)
-    for j in sorted(total, key=lambda j: (-total[j], j)):
-        if len(full) < wanted:
-            full.add(j)
-    return full
+    return union | set(sorted(total, key=lambda j: (-total[j], j))[:wanted])
 
 
 def reroute(

@@ -40,8 +40,8 @@ struct ExpertSet {
   }
 };
 
-// What all rows of a call share. `member` is U as a mask for keys; `wanted` is the size up to which
-// `demand` fills U, 0 without budget rows.
+// What all rows of a call share. `member` is U as a mask for keys; `wanted` is how many experts
+// join U by `demand`, 0 without budget rows.
 struct Shared {
   ExpertSet required, before, after;
   int64_t num_moved = 0;
@@ -402,18 +402,16 @@ MOE_ROUTING_FN void pad_row(const Call& call, int row, int expert) {
 
 // The most demanded experts join U, ties to the lower id.
 MOE_ROUTING_FN void fill_union(const Call& call, Shared& shared) {
-  const int free = shared.wanted - shared.required.size();
-  if (free <= 0) return;
+  if (shared.wanted == 0) return;
   const int n = call.num_experts;
-  uint32_t* const demand = shared.demand;
-  for (int j = 0; j < n; ++j) demand[j] = shared.required.has(j) ? 0 : demand[j];
+  const uint32_t* const demand = shared.demand;
   const auto count = [=](uint32_t least) {
     int total = 0;
     for (int j = 0; j < n; ++j) total += demand[j] >= least;
     return total;
   };
-  const uint32_t least = least_demand(free, call.num_rows, count);
-  int spare = free - count(least + 1);
+  const uint32_t least = least_demand(shared.wanted, call.num_rows, count);
+  int spare = shared.wanted - count(least + 1);
   for (int j = 0; j < n; ++j) {
     if (demand[j] > least || (demand[j] == least && spare-- > 0)) shared.required.add(j);
   }

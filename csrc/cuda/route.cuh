@@ -51,24 +51,17 @@ __device__ __forceinline__ void expect_policies(const Call& call) {
 template <int kPerLane>
 __device__ __forceinline__ void fill_union(const Call& call, Shared& shared) {
   const int lane = threadIdx.x % kWarp;
-  int free = shared.wanted;
   uint32_t demand[kPerLane];
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const uint32_t members = shared.required[i];
-    free -= popcount(members);
-    demand[i] = members >> lane & 1u ? 0 : shared.demand[i * kWarp + lane];
-  }
-  if (free <= 0) return;
+  for (int i = 0; i < kPerLane; ++i) demand[i] = shared.demand[i * kWarp + lane];
   const auto count = [&](uint32_t least) {
     int total = 0;
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) total += demand[i] >= least;
     return __reduce_add_sync(kAll, total);
   };
-  const uint32_t least = least_demand(free, call.num_rows, count);
-  int spare = free - count(least + 1);
-  __syncwarp();  // all lanes have read `required`
+  const uint32_t least = least_demand(shared.wanted, call.num_rows, count);
+  int spare = shared.wanted - count(least + 1);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const unsigned equal = __ballot_sync(kAll, demand[i] == least);

@@ -8,8 +8,8 @@ namespace moe_routing::cuda {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarp = 32;
 
-// What the rows of one block share. Sets of experts are bit masks. `wanted` is the size up to which
-// `demand` fills U, 0 without budget rows.
+// What the rows of one block share. Sets of experts are bit masks. `wanted` is how many experts
+// join U by `demand`, 0 without budget rows.
 struct Shared {
   uint32_t required[kUnionWords];
   uint32_t before[kUnionWords];

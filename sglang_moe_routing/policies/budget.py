@@ -18,13 +18,13 @@ QUANTUM = 2.0**-16
 
 
 class Budget(Mapped):
-    """The batch loads at most `max_active` experts, those that its tokens weigh most.
+    """The batch loads the `max_active` experts that its tokens weigh most, and no others.
 
-    The union of what rows require, of every policy, comes first. Then it is filled up to
-    `max_active` (the largest of the budget rows in the call) by falling demand: the sum over
-    budget rows of a utility of the expert's normalised gate, for the row's own top-k. Then every
-    token takes its best top-k experts inside the union, weighed as the model does. A call whose
-    choice fits the budget keeps its experts.
+    The experts that the budget rows of a call demand most, as many as the largest of their
+    `max_active`, join the union of what rows of every policy require. Demand is the sum over budget
+    rows of a utility of the expert's normalised gate, for the row's own top-k. Then every token
+    takes its best top-k experts inside the union, weighed as the model does. A call whose choice
+    fits the budget keeps its experts.
 
     The fill is the greedy set of XShare (arXiv 2602.07265) with squared gates: a token's lost
     output grows with the square of the weight it loses.
@@ -32,8 +32,8 @@ class Budget(Mapped):
 
     kind: Literal["budget"] = "budget"
     max_active: Count
-    """Most active experts per layer and step. Experts that other policies' rows, or `k0`, require
-    come on top once they are more."""
+    """Most active experts per layer and step. What rows of other policies, or `k0`, require comes
+    on top."""
     k0: Annotated[int, Field(ge=0)] = 0
     """Experts that each token is guaranteed. Above 0 the bound is no longer hard."""
     utility: Literal["squared_gate", "gate"] = "squared_gate"
@@ -69,10 +69,8 @@ class Budget(Mapped):
             return union
         demand = torch.where(selected[:, None], cls._demand(rows, parameters), 0).sum(dim=0)
         wanted = torch.where(selected, parameters["max_active"].long(), 0).amax()
-        candidates = torch.where(union, 0, demand)
-        order = candidates.argsort(descending=True, stable=True)  # ties to the lower id
-        place = order.argsort()
-        return union | ((candidates > 0) & (place < wanted - union.sum()))
+        order = demand.argsort(descending=True, stable=True)  # ties to the lower id
+        return union | ((demand > 0) & (order.argsort() < wanted))
 
     @classmethod
     def _demand(cls, rows: Rows, parameters: Parameters) -> Tensor:

@@ -99,7 +99,6 @@ SYNCHRONISATION = {
     "no_barrier_after_gathering_demand": race(
         KERNELS, BARRIER, where=f"{BARRIER}}}\n\n// The last block"
     ),
-    "lanes_fill_before_all_have_read": race(KERNELS, "__syncwarp();"),
     "demand_without_atomics": race(
         WARP,
         "atomicAdd(&shared_.demand[demand.id], demand.quanta)",
@@ -200,9 +199,8 @@ POLICIES = {
     "equal_demands_go_to_the_higher_id": wrong(
         KERNELS, "equal & ((1u << lane) - 1)", "equal & ~((2u << lane) - 1)"
     ),
-    "members_are_filled_in_again": wrong(KERNELS, "members >> lane & 1u ? 0 : ", ""),
     "one_expert_beyond_the_budget": wrong(
-        KERNELS, "free - count(least + 1);", "free - count(least + 1) + 1;"
+        KERNELS, "shared.wanted - count(least + 1);", "shared.wanted - count(least + 1) + 1;"
     ),
     "every_utility_is_linear": wrong(ROW, "exponent == 2 ?", "exponent == 3 ?"),
     "lost_weight_goes_to_the_first_slot": wrong(

@@ -626,6 +626,20 @@ def test_the_budget_is_a_bound(implementation: Implementation, case: Case, seed:
 
 
 @brief
+@given(any_cases(kinds=("budget", "oea", "vanilla")), seeds)
+def test_company_takes_nothing_from_the_budget(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """What budget rows load among themselves they also load beside rows of other policies."""
+    kinds = [spec["kind"] for spec in case.specs]
+    is_budget = [i is not None and kinds[i] == "budget" for i in case.row_specs]
+    rows = tuple(i if keep else None for i, keep in zip(case.row_specs, is_budget, strict=True))
+    alone = implementation(call_of(replace(case, row_specs=rows), seed=seed))
+    got = implementation(call_of(case, seed=seed))
+    assert not (alone.union.bool() & ~got.union.bool()).any()
+
+
+@brief
 @given(any_cases(kinds=("budget", "vanilla")), seeds)
 def test_what_fits_the_budget_keeps_its_experts(
     implementation: Implementation, case: Case, seed: int

@@ -7,8 +7,8 @@
 // A call has two passes with a barrier of all rows between them:
 //   decide   what the row insists on; the union over all live rows is U
 //   settle   which experts and weights the row ends up with, given U
-// Between them the backend fills U up to the largest `max_active` of the call's budget rows, by
-// falling demand; `least_demand` says how far.
+// Between them the experts that the call's budget rows demand most, as many as the largest of their
+// `max_active`, join U; `least_demand` says from which demand on.
 //
 // `Row` offers
 //   call(), kind(), policy()            the data; the row's policy, which a vanilla row may lack
@@ -143,19 +143,19 @@ MOE_ROUTING_FN uint32_t quanta_of(float share, int exponent) {
   return quanta > 0 ? quanta : 1;
 }
 
-// The demand from which on experts join U where `free` may join; at least 1. Equal demands may be
-// too many. `count(x)` says how many experts outside U have a demand of at least x.
+// The demand from which on experts join U where `wanted` may join; at least 1. Equal demands may be
+// too many. `count(x)` says how many experts have a demand of at least x.
 template <class Count>
-MOE_ROUTING_FN uint32_t least_demand(int free, int num_rows, Count count) {
-  if (count(1u) <= free) return 1;
+MOE_ROUTING_FN uint32_t least_demand(int wanted, int num_rows, Count count) {
+  if (count(1u) <= wanted) return 1;
   uint32_t bit = kQuanta;
   for (int rows = num_rows; rows > 1; rows /= 2) bit *= 2;  // the highest of any sum
   uint32_t least = 0;
   MOE_ROUTING_ROLLED
   for (; bit != 0; bit /= 2) {
     const int found = count(least | bit);
-    if (found >= free) least |= bit;
-    if (found == free) break;
+    if (found >= wanted) least |= bit;
+    if (found == wanted) break;
   }
   return least;
 }
