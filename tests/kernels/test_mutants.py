@@ -280,6 +280,17 @@ def budgeted(num_rows: int, max_active: int, seed: int, dtype: torch.dtype) -> C
     return keep_off_close_demands(case)
 
 
+def tied(num_rows: int) -> Case:
+    """Budget rows to whom all their experts are worth the same: the budget ends between equals."""
+    case = varied_case((num_rows, N, K), 0)
+    return replace(
+        case,
+        gates=torch.full_like(case.gates, 0.25),
+        specs=(BUDGET_5,),
+        row_specs=(0,) * num_rows,
+    )
+
+
 def with_garbage(case: Case) -> Case:
     """Every row names an expert twice, and one that does not exist."""
     ids = case.topk_ids.clone()
@@ -325,6 +336,7 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
     found["garbage"] = call_of(with_garbage(case))
     found["bias"] = routed(case, Router("sigmoid", bias=bias))
     found["groups"] = routed(case, Router(num_groups=4, top_groups=2))
+    found["tied demands"] = call_of(tied(16))
     for seed in range(3):
         dtype = (float32, bfloat16)[seed % 2]
         found[f"budget, seed {seed}"] = call_of(budgeted(16, 14, seed, dtype))
