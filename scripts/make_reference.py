@@ -27,6 +27,7 @@ HEADS = ("key", "type", "default", "meaning")
 CONSTANTS = {
     "PLATFORM",
     "PLUGIN",
+    "FORCED_TOKENS",
     "SGLANG_VERSION",
     "EXIT_CODE",
     "TARGET_ARCHITECTURES",

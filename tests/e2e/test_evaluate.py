@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -268,11 +269,9 @@ def child_of(process: subprocess.Popen[Any]) -> int:
     """Process id of the server that a command started; it leads its own group."""
     while True:
         assert process.poll() is None
-        found = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
-        )
-        if found.stdout.strip():
-            return int(found.stdout.split()[0])
+        children = psutil.Process(process.pid).children()
+        if children:
+            return int(children[0].pid)
         time.sleep(0.2)
 
 
