@@ -49,7 +49,7 @@ def test_policies_lists_names_and_kinds() -> None:
     by_name = {row["name"]: row for row in listing["policies"]}
     assert by_name["balanced"]["default"] is True
     assert by_name["pruned"]["choosable"] is False
-    assert set(listing["kinds"]) == {"oea", "sere", "topk", "vanilla"}
+    assert set(listing["kinds"]) == {"budget", "oea", "sere", "topk", "vanilla"}
 
 
 def test_policies_prints_tables() -> None:
