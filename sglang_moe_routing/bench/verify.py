@@ -98,7 +98,9 @@ def _num_required(policy: Policy, row: _Row) -> int:
         return policy.k0.value(row.layer, row.num_live)
     if isinstance(policy, SERE):
         return policy.num_primary.value(row.layer, row.num_live)
-    return len(row.base)
+    if isinstance(policy, Vanilla):
+        return len(row.base)
+    raise ValueError(f"policies of kind {policy.kind} cannot be verified")
 
 
 def _problem(

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .bench_layer import layer
 from .bench_serve import serve
-from .output import Json, clear_errors, console, print_json
+from .output import Json, clear_errors, console, numbers, print_json
 
 bench = typer.Typer(name="bench", help="Measure parts of the package.", no_args_is_help=True)
 bench.command(context_settings={"allow_extra_args": True})(serve)
@@ -38,8 +38,8 @@ def op(
     with clear_errors():
         timings = list(
             ops.run(
-                _numbers(rows, "--rows"),
-                _numbers(experts, "--experts"),
+                numbers(rows, "--rows"),
+                numbers(experts, "--experts"),
                 top_k=top_k,
                 dtype=getattr(torch, dtype),
                 device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
@@ -51,19 +51,12 @@ def op(
         return
     table = Table("op", "device", "rows", "experts", "us", "+-", "engine top-k us", "reference us")
     for timing in timings:
-        numbers = (timing.median_us, timing.spread_us, timing.engine_topk_us, timing.reference_us)
+        figures = (timing.median_us, timing.spread_us, timing.engine_topk_us, timing.reference_us)
         table.add_row(
             timing.op,
             timing.device,
             str(timing.rows),
             str(timing.experts),
-            *(f"{number:.1f}" for number in numbers),
+            *(f"{number:.1f}" for number in figures),
         )
     console.print(table)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"{option} {text!r}: expected numbers such as 1,16,64")
-    return [int(part) for part in parts]

@@ -13,7 +13,15 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from .output import Json, check_matplotlib, clear_errors, console, errors, print_json
+from .output import (
+    Json,
+    check_matplotlib,
+    clear_errors,
+    console,
+    errors,
+    numbers,
+    print_json,
+)
 
 
 def layer(
@@ -61,7 +69,9 @@ def layer(
                 names,
                 pythons,
                 rows=rows,
-                active_experts=_counts(active_experts) if active_experts else None,
+                active_experts=numbers(active_experts, "--active-experts")
+                if active_experts
+                else None,
                 rounds=rounds,
                 threads=threads or len(os.sched_getaffinity(0)),
                 dtype=dtype,
@@ -104,21 +114,14 @@ def _fits(found: Mapping[str, Any]) -> Table:
         limit = found["expert_bytes"][shape] / found["shape_stream_gb_s"][shape] / 1e6
         for impl, fit in fits.items():
             if fit is not None:
-                numbers = (fit["fixed_ms"], fit["per_expert_ms"], limit)
-                cells = (f"{number:.4g}" for number in numbers)
+                figures = (fit["fixed_ms"], fit["per_expert_ms"], limit)
+                cells = (f"{number:.4g}" for number in figures)
                 table.add_row(shape, impl, *cells, f"{fit['r2']:.4f}")
     return table
 
 
 def _names(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def _counts(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise typer.BadParameter(f"--active-experts {text!r}: expected numbers such as 8,32,64")
-    return [int(part) for part in parts]
 
 
 def _peers(pairs: list[str]) -> dict[str, str]:

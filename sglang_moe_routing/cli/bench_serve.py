@@ -24,8 +24,8 @@ from ..bench.machine import describe_machine
 from ..bench.serve import Run, Settings, Target, measure, summary
 from ..bench.server import running_server
 from ..config import bundled_config, load_config
-from ..errors import EngineError, RoutingRequestError
-from .output import Json, clear_errors, console, errors, print_json
+from ..errors import EngineError
+from .output import Json, clear_errors, console, errors, print_json, wanted_policies
 
 
 def serve(
@@ -95,7 +95,7 @@ def serve(
             raise typer.BadParameter("give a MODEL to serve, or the --url of a running server")
         else:
             path = routing_config or bundled_config("bench.yaml")
-            _check_names(policies, load_config(path).config.choosable)
+            wanted_policies(policies, load_config(path).config.choosable)
             server = stack.enter_context(
                 running_server(
                     model,
@@ -126,15 +126,6 @@ def _refuse_what_only_a_server_needs(
     for name, value in given.items():
         if value is not None:
             raise typer.BadParameter(f"{name} is for a server that is started here, not --url")
-
-
-def _check_names(wanted: str | None, known: Sequence[str]) -> None:
-    """An unknown name should not cost the start of a server."""
-    for name in wanted.split(",") if wanted else ():
-        if name.strip() not in known:
-            raise RoutingRequestError(
-                f"policy {name.strip()!r} is not in the config; choosable: {', '.join(known)}"
-            )
 
 
 def _running(

@@ -181,10 +181,10 @@ def _load_as_json(load: Load) -> dict[str, Any]:
 
 
 def _print(outcome: Outcome) -> None:
-    table = Table(title=f"{NUM_REQUESTS} concurrent requests on {_device()}")
+    table = Table(title=f"{NUM_REQUESTS} concurrent requests on {_device()}", expand=True)
     for column in ("policy", "tokens", "active experts", "without", "TPOT ms"):
         table.add_column(column, no_wrap=True)
-    table.add_column("sample", no_wrap=True, overflow="ellipsis")
+    table.add_column("sample", no_wrap=True, overflow="ellipsis", ratio=1)
     rows = [*outcome.loads.items(), ("all mixed", outcome.mixed)]
     for name, load in rows:
         active = load.active_experts

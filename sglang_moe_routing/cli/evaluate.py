@@ -17,7 +17,7 @@ from rich.table import Table
 from ..bench.machine import describe_machine
 from ..bench.server import running_server
 from ..config import LoadedConfig, load_config
-from ..errors import BenchError, EngineError, RoutingRequestError, TextError
+from ..errors import BenchError, EngineError, TextError
 from ..evaluation.forced import ForcedDecoder, server_flags
 from ..evaluation.measure import Evaluation
 from ..evaluation.report import Row, rows_of, write_report
@@ -25,7 +25,16 @@ from ..evaluation.run import Result, cases, check_cases, run
 from ..integration import environment
 from ..policies import Policy
 from ..text import TokenizedText, load_tokenizer, read_text
-from .output import Json, check_matplotlib, clear_errors, console, errors, print_json
+from .output import (
+    Json,
+    check_matplotlib,
+    clear_errors,
+    console,
+    errors,
+    numbers,
+    print_json,
+    wanted_policies,
+)
 
 Model = Annotated[str, typer.Argument(help="Model folder or name.")]
 Data = Annotated[
@@ -87,7 +96,7 @@ def evaluate(
     with clear_errors(), ExitStack() as stack:
         loaded = load_config(routing_config)
         names = wanted_policies(policies, loaded.config.choosable)
-        sizes = parse_batch_sizes(batch_sizes)
+        sizes = sorted(set(numbers(batch_sizes, "--batch-sizes")))
         times = read_bench(bench)
         text = tokenized(
             model,
@@ -138,25 +147,6 @@ def evaluate(
     else:
         print_rows(rows_of(result.as_json(), families, times))
     errors.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def wanted_policies(wanted: str | None, known: Sequence[str]) -> list[str]:
-    """Names to measure. Raises `RoutingRequestError` for one that the config lacks."""
-    names = [name.strip() for name in wanted.split(",")] if wanted else list(known)
-    for name in names:
-        if name not in known:
-            raise RoutingRequestError(
-                f"policy {name!r} is not in the config; choosable: {', '.join(known)}"
-            )
-    return names
-
-
-def parse_batch_sizes(text: str) -> list[int]:
-    """Batch sizes, rising. Raises `BenchError` if they are none."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise BenchError(f"--batch-sizes {text!r}: write positive numbers such as 1,8,32")
-    return sorted({int(part) for part in parts})
 
 
 def read_bench(file: Path | None) -> Mapping[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -12,7 +12,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from ..errors import RoutingError
+from ..errors import RoutingError, RoutingRequestError
 from ..policies import Layers
 
 console = Console()
@@ -51,6 +51,29 @@ def check_matplotlib(option: str) -> None:
             f"{option} draws with matplotlib, which is not installed: "
             "pip install 'sglang-moe-routing[plot]'"
         )
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """What an option names as positive numbers, separated by commas."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise typer.BadParameter(f"{option} {text!r}: expected numbers such as 1,16,64")
+    return [int(part) for part in parts]
+
+
+def wanted_policies(wanted: str | None, known: Sequence[str]) -> list[str]:
+    """What ``--policies`` names, all if absent. An unknown name should not cost a server's start.
+
+    Raises:
+        RoutingRequestError: a name is not one of those that the config lets clients choose.
+    """
+    names = [name.strip() for name in wanted.split(",")] if wanted else list(known)
+    for name in names:
+        if name not in known:
+            raise RoutingRequestError(
+                f"policy {name!r} is not in the config; choosable: {', '.join(known)}"
+            )
+    return names
 
 
 def layer_ids(text: str) -> tuple[int, ...]:

@@ -41,10 +41,9 @@ from .evaluate import (
     header,
     measuring,
     model_sizes,
-    parse_batch_sizes,
     tokenized,
 )
-from .output import Json, clear_errors, errors, print_json
+from .output import Json, clear_errors, errors, numbers, print_json
 
 KINDS = ("budget", "oea", "sere", "topk")
 ARTIFACT = "calibrated"
@@ -83,7 +82,7 @@ def tune(
     """
     with clear_errors(), ExitStack() as stack:
         _check_out(out, overwrite)
-        sizes = parse_batch_sizes(batch_sizes)
+        sizes = sorted(set(numbers(batch_sizes, "--batch-sizes")))
         check_sizes(num_sequences, sizes)
         num_experts, top_k = model_sizes(model, trust_remote_code)
         found = families(num_experts, top_k, _kinds(kinds), similarity is not None)

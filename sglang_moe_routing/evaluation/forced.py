@@ -114,7 +114,10 @@ class ForcedDecoder:
 
     def _counts(self) -> Tensor:
         """int64 ``[num_layers, 4]``: `_COUNTS` since the server's start."""
-        (worker,) = self._call("GET", "/v1/moe_routing/statistics").json()["data"]
+        workers = self._call("GET", "/v1/moe_routing/statistics").json()["data"]
+        if len(workers) != 1:
+            raise EngineError(f"{len(workers)} data-parallel workers: only one can be measured")
+        (worker,) = workers
         if not worker["layers"]:
             raise EngineError("the server counts nothing: its config says 'statistics: false'")
         return torch.tensor([[layer[name] for name in _COUNTS] for layer in worker["layers"]])

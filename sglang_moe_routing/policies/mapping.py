@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from .base import Parameters, Policy, Rows, Schedule
@@ -27,6 +27,14 @@ class Mapped(Policy):
     0 needs no similarity artifact."""
     similarity: str | None = None
     """Which artifact of the top-level `similarity` section; may be left out if there is one."""
+
+    @model_validator(mode="after")
+    def _similarity_is_used(self) -> Self:
+        if self.similarity is not None and not self.uses_similarity:
+            raise ValueError(
+                f"similarity: {self.similarity!r} has no effect without a mapped_share above 0"
+            )
+        return self
 
     @property
     def uses_similarity(self) -> bool:

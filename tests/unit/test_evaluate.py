@@ -246,8 +246,6 @@ def evaluate(tmp_path: Path, *more: str, model: Path = demo.MODEL) -> str:
     [
         (["--policies", "fast,slow"], "policy 'slow' is not in the config; choosable: vanilla, fa"),
         (["--num-sequences", "10000"], "sequences of 161 tokens, 10000 are needed"),
-        (["--batch-sizes", "4,many"], "--batch-sizes '4,many': write positive numbers"),
-        (["--batch-sizes", "0"], "--batch-sizes '0'"),
         (
             ["--batch-sizes", "7", "--num-sequences", "16", "--max-tokens", "8"],
             "16 sequences do not make batches of 7",
@@ -258,6 +256,14 @@ def evaluate(tmp_path: Path, *more: str, model: Path = demo.MODEL) -> str:
 def test_evaluate_names_what_is_wrong(tmp_path: Path, options: list[str], message: str) -> None:
     assert message in evaluate(tmp_path, *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sizes", ["4,many", "0", ""])
+def test_batch_sizes_are_positive_numbers(sizes: str) -> None:
+    arguments = ["m", "--data", "d", "--out", "o.yaml", "--batch-sizes", sizes]
+    done = RUNNER.invoke(app, ["tune", *arguments])
+    assert done.exit_code == 2
+    assert f"--batch-sizes {sizes!r}" in done.stderr
 
 
 def test_a_file_that_is_no_bench_result_is_refused(tmp_path: Path) -> None:

@@ -589,3 +589,15 @@ def test_a_policy_without_passes_says_so() -> None:
 
     with pytest.raises(NotImplementedError):
         call([Unfinished()], [0])
+
+
+@pytest.mark.parametrize("kind", ["oea", "budget"])
+def test_an_artifact_that_nothing_uses_is_refused(kind: str) -> None:
+    """A similarity without a mapped share would be ignored in silence."""
+    policy = builtin_registry()[kind]
+    size = {"k0": 2} if kind == "oea" else {"max_active": 20}
+    with pytest.raises(ValidationError, match="'x' has no effect without a mapped_share above 0"):
+        policy.model_validate({**size, "similarity": "x"})
+    mapped = policy.model_validate({**size, "similarity": "x", "mapped_share": 0.3})
+    assert mapped.uses_similarity
+    assert not policy.model_validate(size).uses_similarity

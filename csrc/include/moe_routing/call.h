@@ -41,7 +41,7 @@ struct Policy {
   float threshold;      // sere: similarity below which an expert is critical
   int32_t artifact;     // sere, and where mapped_share > 0: which similarity matrix
   int32_t start;        // live rows from which this step holds; the same for all policies
-  int32_t max_active;   // budget: size up to which the row's demand fills U; at least 1
+  int32_t max_active;   // budget: how many experts join U by demand; at least 1
   int32_t exponent;     // budget: 2 demands the square of a gate, 1 the gate
   float mapped_share;   // oea, budget: share of the weight that follows lost experts
   int32_t reserved;
