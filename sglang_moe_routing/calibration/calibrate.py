@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -259,9 +259,9 @@ class Calibration:
                 file.unlink()
 
     def _write_state(self, last: int | None) -> None:
-        unfinished = self._folder / f"{_STATE}.tmp"
-        unfinished.write_text(json.dumps({"settings": self._settings(), "last": last}))
-        unfinished.replace(self._folder / _STATE)
+        state = json.dumps({"settings": self._settings(), "last": last})
+        with _unfinished(self._folder / _STATE) as file:
+            file.write_text(state)
 
     def _hidden_file(self, layer: int) -> Path:
         return self._folder / _HIDDEN.format(layer)
@@ -336,7 +336,25 @@ def _read_matrix(file: Path) -> tuple[Tensor, Any]:
 
 
 def _write(tensors: dict[str, Tensor], file: Path, notes: dict[str, str]) -> None:
-    """Write a file that is whole as soon as it has its name."""
+    with _unfinished(file) as unfinished:
+        save_file(tensors, str(unfinished), notes)
+
+
+@contextmanager
+def _unfinished(file: Path) -> Iterator[Path]:
+    """Where to write a file that is whole as soon as it has its name.
+
+    Raises:
+        CalibrationError: it cannot be written; nothing of it is left behind.
+    """
     unfinished = file.with_name(f"{file.name}.tmp")
-    save_file(tensors, str(unfinished), notes)
-    unfinished.replace(file)
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise CalibrationError(
+            f"{file}: cannot be written: {error}; what was finished before is kept: make room, "
+            "then run the same command again"
+        ) from None
