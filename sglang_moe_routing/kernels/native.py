@@ -9,6 +9,7 @@ fails is an error.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -44,7 +45,7 @@ Backend = Literal["cpu", "cuda"]
 _CPU_FLAGS = ("-O3", "-fopenmp")
 _HOST_FLAGS = ("-O3", "-fopenmp-simd")  # of the C++ beside CUDA kernels
 _CUDA_FLAGS = ("-O3",)
-_READY = "ready"  # written last: other processes must not load a half-linked file
+_READY = "ready.json"  # written last: other processes must not load a half-linked file
 
 logger = logging.getLogger(__name__)
 
@@ -200,12 +201,23 @@ def _fingerprint(backend: Backend) -> str:
 
 
 def _find_built(backend: Backend, wanted: Sequence[str]) -> Path | None:
-    """A finished folder whose binary runs on every wanted architecture."""
+    """A finished folder with an intact binary that runs on every wanted architecture."""
     for ready in sorted(cache_folder().glob(f"{backend}-{_fingerprint(backend)}*/{_READY}")):
-        built = ready.read_text().split()
-        if all(any(_runs_on(b, w) for b in built) for w in wanted):
+        built = json.loads(ready.read_text())
+        if not all(any(_runs_on(b, w) for b in built["architectures"]) for w in wanted):
+            continue
+        if _digest(ready.parent, backend) == built["sha256"]:
             return ready.parent
+        logger.warning("the %s kernels in %s are damaged or gone", backend, ready.parent)
     return None
+
+
+def _digest(folder: Path, backend: Backend) -> str:
+    """SHA-256 of the binary, empty if there is none: a damaged one would end the process."""
+    try:
+        return hashlib.sha256((folder / _library_file(backend)).read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _build(backend: Backend, architectures: Sequence[str]) -> Path:
@@ -218,6 +230,8 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
     import tvm_ffi.cpp
 
     try:
+        if (folder / _READY).exists():  # but the binary is damaged, and newer than the sources
+            (folder / _library_file(backend)).unlink(missing_ok=True)
         with _build_environment(backend, architectures):
             tvm_ffi.cpp.build(
                 _library_name(backend),
@@ -229,13 +243,20 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
                 build_directory=str(folder),
                 backend="cuda" if backend == "cuda" else None,
             )
-        (folder / _READY).write_text(" ".join(architectures))
+        _mark_ready(folder, backend, architectures)
     except (RuntimeError, OSError) as error:
         raise KernelError(
             f"compiling the {backend} kernels in {folder} failed ({CACHE} chooses another folder, "
             f"{CHOICE}=torch does without kernels):\n{error}"
         ) from error
     return folder
+
+
+def _mark_ready(folder: Path, backend: Backend, architectures: Sequence[str]) -> None:
+    content = {"architectures": list(architectures), "sha256": _digest(folder, backend)}
+    unfinished = folder / f"{_READY}.{os.getpid()}"
+    unfinished.write_text(json.dumps(content))
+    unfinished.replace(folder / _READY)
 
 
 @contextmanager
@@ -275,10 +296,14 @@ def _library_name(backend: Backend) -> str:
     return f"moe_routing_{backend}"
 
 
+def _library_file(backend: Backend) -> str:
+    return f"{_library_name(backend)}.so"
+
+
 def _load(folder: Path, backend: Backend) -> Any:
     import tvm_ffi
 
-    path = folder / f"{_library_name(backend)}.so"
+    path = folder / _library_file(backend)
     try:
         return tvm_ffi.load_module(str(path))
     except (RuntimeError, OSError) as error:

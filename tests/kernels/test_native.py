@@ -76,9 +76,28 @@ def test_a_build_is_made_once_and_found_again(tmp_path: Path) -> None:
     assert "compiled in" in second.stdout
     assert "compiling the cpu kernels" in first.stderr
     assert second.stderr == ""
-    unfinished = next((tmp_path / "cache").glob("cpu-*/ready"))
+    unfinished = next((tmp_path / "cache").glob("cpu-*/ready.json"))
     unfinished.unlink()
     assert "compiled now" in in_new_process(CHOOSE, tmp_path).stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
+def test_a_damaged_library_is_not_loaded(tmp_path: Path, damage: str) -> None:
+    built = native.build_cpu()
+    shutil.copytree(built, tmp_path / "cache" / built.name)
+    (library,) = (tmp_path / "cache").glob("cpu-*/*.so")
+    content = bytearray(library.read_bytes())
+    library.unlink()
+    if damage == "cut":
+        library.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+        library.write_bytes(content)
+    without_compiler = in_new_process(CHOOSE, tmp_path, PATH="/nowhere")
+    assert "torch reference" in without_compiler.stdout, without_compiler.stderr
+    assert "damaged or gone" in in_new_process(CHOOSE, tmp_path).stderr
+    assert "compiled in" in in_new_process(CHOOSE, tmp_path).stdout
 
 
 @needs_compiler
