@@ -32,7 +32,21 @@ class TextError(RoutingError, ValueError):
 
 
 class RoutingRequestError(RoutingError, ValueError):
-    """A client asked for a policy that it cannot have. Answered with HTTP 400."""
+    """A client asked for a policy that it cannot have.
+
+    Attributes:
+        reason: one of a fixed set of words, for metrics.
+        status: HTTP status of the answer.
+    """
+
+    def __init__(self, message: str, *, reason: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.status = status
+
+
+class ReloadError(RoutingError, ValueError):
+    """A new routing config cannot take the place of the one in force, which stays."""
 
 
 class EngineError(RoutingError, RuntimeError):

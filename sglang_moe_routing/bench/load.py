@@ -167,7 +167,7 @@ def served_policies(
     unknown = [name for name in names if name not in known]
     if unknown:
         raise RoutingRequestError(
-            f"policy {unknown[0]!r} is not served; available: {', '.join(known)}"
+            f"policy {unknown[0]!r} is not served; available: {', '.join(known)}", reason="unknown"
         )
     return listing["header"], names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,10 @@ from ..integration import environment as names
 
 READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 20.0
-_TP_FLAGS = ("--tp", "--tp-size", "--tensor-parallel-size")
+_RANK_FLAGS = (
+    ("--tp", "--tp-size", "--tensor-parallel-size"),
+    ("--dp", "--dp-size", "--data-parallel-size"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def server_environment(
 
     Args:
         config: routing config; None serves without policies.
-        flags: SGLang's flags, read for the tensor-parallel size.
+        flags: SGLang's flags, read for the number of ranks.
         cpu: whether to use the portable CPU platform; None decides by what the machine has.
         base: variables to start from, by default this process's. What is set there stays.
 
@@ -75,7 +79,7 @@ def server_environment(
     if config is None:
         env.pop(names.CONFIG, None)
     else:
-        env[names.CONFIG] = str(config.resolve())
+        env[names.CONFIG] = str(config.absolute())
         _check_plugin_is_loaded(env)
     env.pop(names.CONFIG_SHA256, None)
     if cpu is None:
@@ -95,7 +99,7 @@ def _cpu_defaults(flags: Sequence[str]) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",  # SGLang compiles grouped routers; a C++ compiler is no given
         "OMP_WAIT_POLICY": "passive",  # spinning threads starve each other on shared cores
     }
-    num_ranks = _tp_size(flags)
+    num_ranks = math.prod(_value(flags, names) for names in _RANK_FLAGS)
     if num_ranks > 1:
         cores = sorted(os.sched_getaffinity(0))
         parts = [cores[rank::num_ranks] or cores for rank in range(num_ranks)]
@@ -105,10 +109,11 @@ def _cpu_defaults(flags: Sequence[str]) -> dict[str, str]:
     return defaults
 
 
-def _tp_size(flags: Sequence[str]) -> int:
+def _value(flags: Sequence[str], names: Sequence[str]) -> int:
+    """What SGLang's flag of these names is set to, 1 if it is not."""
     for index, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
-        if name in _TP_FLAGS:
+        if name in names:
             text = value if equals else "".join(flags[index + 1 : index + 2])
             return int(text) if text.isdecimal() else 1
     return 1

@@ -71,7 +71,8 @@ def wanted_policies(wanted: str | None, known: Sequence[str]) -> list[str]:
     for name in names:
         if name not in known:
             raise RoutingRequestError(
-                f"policy {name!r} is not in the config; choosable: {', '.join(known)}"
+                f"policy {name!r} is not in the config; choosable: {', '.join(known)}",
+                reason="unknown",
             )
     return names
 

@@ -1,17 +1,20 @@
 """Routing configs: their schema, how they are read, and how a request picks a policy."""
 
 from .loader import LoadedConfig, bundled_config, load_config
-from .schema import DEFAULT_HEADER, VANILLA, RoutingConfig, json_schema, model_for
-from .selection import BODY_KEY, choose, split_alias
+from .schema import DEFAULT_GROUP, DEFAULT_HEADER, VANILLA, RoutingConfig, json_schema, model_for
+from .selection import BODY_KEY, GROUP_KEY, choose, choose_group, split_alias
 
 __all__ = [
     "BODY_KEY",
+    "DEFAULT_GROUP",
     "DEFAULT_HEADER",
+    "GROUP_KEY",
     "VANILLA",
     "LoadedConfig",
     "RoutingConfig",
     "bundled_config",
     "choose",
+    "choose_group",
     "json_schema",
     "load_config",
     "model_for",

@@ -65,7 +65,7 @@ def load_config(path: str | Path, registry: PolicyRegistry | None = None) -> Loa
         raise ConfigError("\n".join(f"{path}:{problem}" for problem in problems)) from None
     return LoadedConfig(
         config=config,
-        path=path.resolve(),
+        path=path.absolute(),  # a link, as of a ConfigMap, may lead elsewhere at a reload
         sha256=hashlib.sha256(raw).hexdigest(),
         similarity_paths={
             name: _expand(path, tree, name, source.path)
@@ -199,4 +199,4 @@ def _expand(path: Path, tree: yaml.Node | None, name: str, value: str) -> Path:
             f"in {value!r} is not set"
         )
     expanded = re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], value)
-    return (path.parent / Path(expanded).expanduser()).resolve()
+    return Path(os.path.abspath(path.parent / Path(expanded).expanduser()))

@@ -25,6 +25,9 @@ VANILLA = "vanilla"
 DEFAULT_HEADER = "X-MoE-Routing-Policy"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+DEFAULT_GROUP = "default"
+MAX_GROUPS = 8
 
 
 class SimilaritySource(StrictModel):
@@ -54,6 +57,52 @@ class _SourceJson:
 Source = Annotated[SimilaritySource, BeforeValidator(_parse_source), _SourceJson]
 
 
+class Isolation(StrictModel):
+    """Groups of requests that do not influence each other's routing: a row votes for, and rides
+    on, experts of its own group only. The file decides who is in which group, never the client:
+    by API key where it is listed, else by policy, else the group is 'default'."""
+
+    api_keys: dict[Sha256, Name] = {}
+    """Group by API key: the key's SHA-256 in hex → group. The key is what the request carries as
+    'Authorization: Bearer'."""
+    other_keys: Literal["refuse", "allow"] = "refuse"
+    """Once `api_keys` lists keys: whether a request with another key, or none, is refused with
+    status 401, or is in the group of its policy."""
+    policies: dict[Name, Name] = {}
+    """Group by policy: policy → group."""
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """All groups; the place of a name is its group id. 'default' is 0."""
+        named = (*self.api_keys.values(), *self.policies.values())
+        return tuple(dict.fromkeys((DEFAULT_GROUP, *named)))
+
+
+class Metrics(StrictModel):
+    """What is exported at /metrics where SGLang runs with --enable-metrics."""
+
+    per_layer: bool = False
+    """Label the counts of experts with the layer: six series for each MoE layer."""
+    interval: Annotated[float, Field(ge=0.1, le=600)] = 5.0
+    """Seconds between two readings of the counts on the device."""
+
+
+class Reload(StrictModel):
+    """Who may reload this file over HTTP, and what captured graphs keep room for. SIGHUP to the
+    main process reloads always."""
+
+    http: Literal["admin", "open"] = "admin"
+    """'admin': POST /moe_routing/reload needs SGLang's --admin-api-key and is refused where there
+    is none. 'open': everybody who may send requests may reload."""
+    policies: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Room for policies: those of the file, and former definitions that running requests keep."""
+    steps: Annotated[int, Field(ge=1, le=64)] = 1
+    """Room for numbers of live rows at which some policy changes (engagement, schedules), counted
+    over all policies, plus one. What the file needs at start-up is always there."""
+    artifacts: Annotated[int, Field(ge=0, le=64)] = 1
+    """Room for further similarity artifacts beside those that are used at start-up."""
+
+
 class RoutingConfig(StrictModel):
     """A routing config: which policies there are, who may use them, and when they act."""
 
@@ -70,6 +119,12 @@ class RoutingConfig(StrictModel):
     'shared': one cache for all; vanilla requests may then read KV that a lossy policy wrote."""
     statistics: bool = True
     """Count active experts on the device, read out at /v1/moe_routing/statistics."""
+    metrics: Metrics = Metrics()
+    """What is exported for Prometheus."""
+    reload: Reload = Reload()
+    """Who may reload this file, and how much room a reload has."""
+    isolation: Isolation = Isolation()
+    """Groups of requests that do not influence each other's routing."""
     similarity: dict[Name, Source] = {}
     """Similarity artifacts by name. Paths are relative to this file; ${VAR} is expanded."""
     policies: dict[Name, SerializeAsAny[Policy]] = {}
@@ -87,6 +142,14 @@ class RoutingConfig(StrictModel):
                     raise ValueError(
                         f"clients_may_choose: {name!r} is not a policy; {self._known()}"
                     )
+        for name in self.isolation.policies:
+            if name not in self.names:
+                raise ValueError(f"isolation.policies: {name!r} is not a policy; {self._known()}")
+        if len(self.isolation.groups) > MAX_GROUPS:
+            raise ValueError(
+                f"isolation: {len(self.isolation.groups)} groups with 'default', at most "
+                f"{MAX_GROUPS}: every group costs one kernel launch in every MoE layer"
+            )
         for name in self.policies:
             self.artifact_of(name)
         return self

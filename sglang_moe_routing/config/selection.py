@@ -1,15 +1,19 @@
-"""Which policy a request gets: header, body and model alias against the config."""
+"""Which policy and isolation group a request gets: header, body and alias against the config."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 
 from ..errors import RoutingRequestError
-from .schema import NAME_PATTERN, RoutingConfig
+from .schema import DEFAULT_GROUP, NAME_PATTERN, RoutingConfig
 
 BODY_KEY = "moe_routing_policy"
 """Key in `custom_params` of a request body."""
+
+GROUP_KEY = "moe_routing_group"
+"""Key in `custom_params` of the isolation group. The server sets it; clients may not."""
 
 
 def choose(
@@ -34,10 +38,11 @@ def choose(
     """
     if len(headers) > 1:
         raise RoutingRequestError(
-            f"header {config.header} is given {len(headers)} times; send it once"
+            f"header {config.header} is given {len(headers)} times; send it once",
+            reason="repeated_header",
         )
     sources = {
-        f"header {config.header}": headers[0].strip() if headers else None,
+        f"header {config.header}": headers[0].strip(" \t") if headers else None,
         f"body field custom_params.{BODY_KEY}": body,
         "model alias": alias,
     }
@@ -46,8 +51,36 @@ def choose(
         _check(config, source, name)
     if len(set(asked.values())) > 1:
         listed = ", ".join(f"{source} says {name!r}" for source, name in asked.items())
-        raise RoutingRequestError(f"contradictory MoE routing policies: {listed}; name one")
+        raise RoutingRequestError(
+            f"contradictory MoE routing policies: {listed}; name one", reason="contradiction"
+        )
     return str(next(iter(asked.values()), config.default))
+
+
+def choose_group(config: RoutingConfig, policy: str, authorization: str | None) -> str:
+    """Name of the isolation group of a request.
+
+    Args:
+        policy: its policy.
+        authorization: value of its ``Authorization`` header, None if absent.
+
+    Raises:
+        RoutingRequestError: the config lists API keys, and this is none of them.
+    """
+    isolation = config.isolation
+    scheme, _, key = (authorization or "").partition(" ")
+    if isolation.api_keys and scheme.lower() == "bearer":
+        group = isolation.api_keys.get(hashlib.sha256(key.encode()).hexdigest())
+        if group is not None:
+            return group
+    if isolation.api_keys and isolation.other_keys == "refuse":
+        raise RoutingRequestError(
+            "this API key belongs to no group of the MoE routing config; send a listed key as "
+            "'Authorization: Bearer'",
+            reason="unknown_api_key",
+            status=401,
+        )
+    return isolation.policies.get(policy, DEFAULT_GROUP)
 
 
 def split_alias(config: RoutingConfig, model: str, served_model: str) -> tuple[str, str | None]:
@@ -68,12 +101,16 @@ def _check(config: RoutingConfig, source: str, name: object) -> None:
     available = f"available: {', '.join(config.choosable)}"
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise RoutingRequestError(
-            f"malformed MoE routing policy {name!r} in {source}: expected one policy name; "
-            f"{available}"
+            f"malformed MoE routing policy {name!r:.200} in {source}: expected one policy name; "
+            f"{available}",
+            reason="malformed",
         )
     if name not in config.names:
-        raise RoutingRequestError(f"unknown MoE routing policy {name!r} in {source}; {available}")
+        raise RoutingRequestError(
+            f"unknown MoE routing policy {name!r} in {source}; {available}", reason="unknown"
+        )
     if name not in config.choosable:
         raise RoutingRequestError(
-            f"MoE routing policy {name!r} in {source} may not be chosen by clients; {available}"
+            f"MoE routing policy {name!r} in {source} may not be chosen by clients; {available}",
+            reason="not_allowed",
         )

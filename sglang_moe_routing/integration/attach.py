@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,27 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.hash_topk import HashTopK
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
-from torch import Tensor
 
 from ..artifacts import SimilarityArtifact
-from ..checkpoint import find_checkpoint, fingerprint, read_headers
+from ..checkpoint import Fingerprint, find_checkpoint, fingerprint, read_headers
+from ..config import LoadedConfig
 from ..errors import ArtifactError, CheckpointError, EngineError, KernelError, PolicyError
-from ..kernels import CHOICE, REFERENCE, Implementation, choose, compile_table, unsupported
-from ..policies import Router, build_table
+from ..kernels import (
+    CHOICE,
+    REFERENCE,
+    Implementation,
+    KernelTable,
+    Room,
+    choose,
+    compile_table,
+    unsupported,
+    with_room,
+)
+from ..policies import PolicyTable, Router, build_table
 from . import environment
 from .cpu_platform.experts import RUNNER
+from .definitions import Definition
+from .refusals import replays_decode_steps
 from .runtime import LAYER, Layer, Runtime
 
 logger = logging.getLogger(__name__)
@@ -42,8 +55,10 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     _check_ranks_agree(runtime)
     server_args = model_runner.server_args
     routers = _routed_layers(model_runner.model)
-    _check_artifacts(runtime, routers, server_args)
+    num_experts = {layer: _num_routed(experts) for layer, (_, experts) in routers.items()}
+    check_artifacts(runtime.loaded, runtime.artifacts, num_experts, server_args)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
+    runtime.has_graphs = replays_decode_steps(server_args)
     layers = []
     for index, (topk, experts) in enumerate(routers.values()):
         layer = _make_layer(runtime, implementation, index, topk, experts, device)
@@ -68,14 +83,18 @@ def _check_platform(device: torch.device) -> None:
 
 def _check_ranks_agree(runtime: Runtime) -> None:
     """Every tensor-parallel rank must decide alike, also across nodes with their own files."""
-    group = get_tp_group()
-    mine = [runtime.loaded.sha256, *(a.sha256 for a in runtime.artifacts.values())]
+    group, mine = get_tp_group(), digests(runtime.loaded, runtime.artifacts)
     for rank, theirs in enumerate(group.all_gather_object(mine)):
         if theirs != mine:
             raise EngineError(
                 f"tensor-parallel rank {rank} has another routing config or artifact than rank "
                 f"{group.rank_in_group}: copy {runtime.loaded.path} and its artifacts to all nodes"
             )
+
+
+def digests(loaded: LoadedConfig, artifacts: Mapping[str, SimilarityArtifact]) -> list[str]:
+    """What decides about the routing, to be compared between ranks."""
+    return [loaded.sha256, *(artifact.sha256 for artifact in artifacts.values())]
 
 
 def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
@@ -101,6 +120,10 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
             "this model cannot be served with routing policies"
         )
     return {layer: (routers[layer], experts[layer]) for layer in sorted(experts)}
+
+
+def _num_routed(experts: FusedMoE) -> int:
+    return int(experts.num_experts - experts.num_fused_shared_experts)
 
 
 def _has_bias_per_token(module: torch.nn.Module) -> bool:
@@ -145,21 +168,11 @@ def _make_layer(
             "add --moe-runner-backend triton"
         )
     top_k = config.top_k - config.num_shared_topk_slots
-    num_experts = experts.num_experts - experts.num_fused_shared_experts
+    num_experts = _num_routed(experts)
     router = make_router(config, where)
-    matrices: Mapping[str, Tensor] = {
-        name: artifact.matrices[topk.layer_id] for name, artifact in runtime.artifacts.items()
-    }
-    _check_policies(runtime, top_k, num_experts)
-    table = build_table(
-        runtime.config.definitions,
-        layer=topk.layer_id,
-        top_k=top_k,
-        num_experts=num_experts,
-        similarity=matrices,
-        artifacts=[runtime.config.artifact_of(name) for name in runtime.config.names],
-        device=device,
-    )
+    check_policies(runtime.loaded, top_k, num_experts)
+    definitions = runtime.ids.table
+    table = make_table(definitions, topk.layer_id, top_k, num_experts, device)
     problem = unsupported(table, router, num_experts, top_k)
     if problem and os.environ.get(CHOICE) == "native":
         raise KernelError(f"{CHOICE}=native, but {where}: {problem}")
@@ -171,20 +184,55 @@ def _make_layer(
         top_k=top_k,
         router=router,
         table=table,
-        kernel_table=compile_table(table) if is_native else None,
+        kernel_table=_compile(runtime, table) if is_native else None,
         union=torch.zeros(num_experts, dtype=torch.bool, device=device),
     )
 
 
-def _check_policies(runtime: Runtime, top_k: int, num_experts: int) -> None:
-    config = runtime.config
+def make_table(
+    definitions: Sequence[Definition],
+    layer_id: int,
+    top_k: int,
+    num_experts: int,
+    device: torch.device,
+) -> PolicyTable:
+    """The policies of one layer; the place of a definition is its policy id."""
+    artifacts = {d.artifact.sha256: d.artifact for d in definitions if d.artifact}
+    return build_table(
+        [d.policy for d in definitions],
+        layer=layer_id,
+        top_k=top_k,
+        num_experts=num_experts,
+        similarity={digest: a.matrices[layer_id] for digest, a in artifacts.items()},
+        artifacts=[d.artifact.sha256 if d.artifact else None for d in definitions],
+        device=device,
+    )
+
+
+def _compile(runtime: Runtime, table: PolicyTable) -> KernelTable:
+    """Captured graphs keep the addresses of a table, so that it cannot grow later."""
+    compiled, reload = compile_table(table), runtime.config.reload
+    if not runtime.has_graphs:
+        return compiled
+    needed = compiled.room
+    room = Room(
+        policies=max(needed.policies, reload.policies),
+        steps=max(needed.steps, reload.steps),
+        artifacts=needed.artifacts + reload.artifacts,
+    )
+    return with_room(compiled, room)
+
+
+def check_policies(loaded: LoadedConfig, top_k: int, num_experts: int) -> None:
+    """Raise `PolicyError` that lists every policy of a config that does not fit the model."""
+    config = loaded.config
     problems = [
         f"policies.{name}.{problem}"
         for name, policy in zip(config.names, config.definitions, strict=True)
         for problem in policy.check(top_k, num_experts)
     ]
     if problems:
-        raise PolicyError(f"{runtime.loaded.path}: " + "; ".join(problems))
+        raise PolicyError(f"{loaded.path}: " + "; ".join(problems))
 
 
 def make_router(config: Any, where: str) -> Router:
@@ -232,19 +280,30 @@ def make_router(config: Any, where: str) -> Router:
     )
 
 
-def _check_artifacts(
-    runtime: Runtime, routers: Mapping[int, tuple[TopK, FusedMoE]], server_args: Any
+def check_artifacts(
+    loaded: LoadedConfig,
+    artifacts: Mapping[str, SimilarityArtifact],
+    num_experts: Mapping[int, int],
+    server_args: Any,
 ) -> None:
-    sources = runtime.config.similarity
-    for name, artifact in runtime.artifacts.items():
-        _check_layers(name, artifact, routers)
+    """Hold the artifacts of a config to the served model.
+
+    Args:
+        num_experts: routed experts by layer id.
+
+    Raises:
+        ArtifactError: an artifact does not fit.
+    """
+    sources = loaded.config.similarity
+    for name, artifact in artifacts.items():
+        _check_layers(name, artifact, num_experts)
         found = _other_weights(name, artifact, server_args)
         if found and sources[name].allow_other_weights:
             logger.warning("%s; allowed by similarity.%s.allow_other_weights", found, name)
         elif found:
             raise ArtifactError(
                 f"{found}; calibrate the model that is served, or set "
-                f"similarity.{name}.allow_other_weights: true in {runtime.loaded.path} for another "
+                f"similarity.{name}.allow_other_weights: true in {loaded.path} for another "
                 "fine-tune or a quantised copy of the same model"
             )
 
@@ -255,10 +314,9 @@ def _other_weights(name: str, artifact: SimilarityArtifact, server_args: Any) ->
     if artifact.fingerprint is None:
         return f"{where} does not say for which weights it was made"
     try:
-        folder = find_checkpoint(
-            server_args.model_path, revision=server_args.revision, cache=server_args.download_dir
+        served = _served_weights(
+            server_args.model_path, server_args.revision, server_args.download_dir
         )
-        served = fingerprint(read_headers(folder))
     except CheckpointError as error:
         return f"{where} cannot be held to the weights of {server_args.model_path}: {error}"
     mine = artifact.fingerprint
@@ -275,22 +333,24 @@ def _other_weights(name: str, artifact: SimilarityArtifact, server_args: Any) ->
     )
 
 
-def _check_layers(
-    name: str, artifact: SimilarityArtifact, routers: Mapping[int, tuple[TopK, FusedMoE]]
-) -> None:
+@functools.cache  # a reload must not wait for the disk
+def _served_weights(model: str, revision: str | None, cache: str | None) -> Fingerprint:
+    return fingerprint(read_headers(find_checkpoint(model, revision=revision, cache=cache)))
+
+
+def _check_layers(name: str, artifact: SimilarityArtifact, num_experts: Mapping[int, int]) -> None:
     where = f"similarity artifact {name!r}"
-    missing = sorted(set(routers) - set(artifact.layers))
+    missing = sorted(set(num_experts) - set(artifact.layers))
     if missing:
         raise ArtifactError(
             f"{where} has no matrix for MoE layers {missing} of this model; it has layers "
             f"{artifact.layers} (made for {artifact.model or 'an unnamed model'})"
         )
-    for layer, (_, experts) in routers.items():
-        num_experts = experts.num_experts - experts.num_fused_shared_experts
-        if artifact.matrices[layer].shape[0] != num_experts:
+    for layer, expected in num_experts.items():
+        if artifact.matrices[layer].shape[0] != expected:
             raise ArtifactError(
                 f"{where} is for {artifact.matrices[layer].shape[0]} experts, but layer {layer} "
-                f"of this model has {num_experts} (made for {artifact.model or 'an unnamed model'})"
+                f"of this model has {expected} (made for {artifact.model or 'an unnamed model'})"
             )
 
 

@@ -6,6 +6,9 @@ CONFIG = "SGLANG_MOE_ROUTING_CONFIG"
 CONFIG_SHA256 = "SGLANG_MOE_ROUTING_CONFIG_SHA256"
 """Set by the main process: digest of the config, which every worker must find again."""
 
+RELOAD_TOKEN = "_MOE_ROUTING_RELOAD_TOKEN"  # noqa: S105  # a name, not a secret
+"""Set by the main process: secret that marks its reload requests to the schedulers."""
+
 RECORD = "SGLANG_MOE_ROUTING_RECORD"
 """Folder for the debug recorder of MoE calls. Unset: off."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 
 from ..config import LoadedConfig, load_config
 from ..errors import EngineError
@@ -40,9 +41,10 @@ def _start_routing() -> list[Hook]:
     if is_main:
         os.environ[environment.CONFIG] = str(loaded.path)
         os.environ[environment.CONFIG_SHA256] = loaded.sha256
+        os.environ[environment.RELOAD_TOKEN] = str(secrets.randbits(62))
     else:
         _check_unchanged(loaded)
-    runtime.start(loaded).load_artifacts()
+    runtime.start(loaded)
     return [hook for hook in HOOKS if is_main or not hook.main_only]
 
 

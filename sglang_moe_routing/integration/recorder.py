@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from ..config import RoutingConfig
 from ..policies import PAD
 from . import environment
 
 if TYPE_CHECKING:
+    from .definitions import Definition
     from .runtime import Layer, Plan
 
 
@@ -26,9 +26,11 @@ class Recorder:
     exact: float32 survives the round trip through JSON.
     """
 
-    def __init__(self, folder: Path, config: RoutingConfig, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, folder: Path, definitions: Sequence[Definition], layers: Sequence[Layer]
+    ) -> None:
         self._path = folder / f"calls-{os.getpid()}.jsonl"
-        self._names = config.names
+        self._definitions = definitions
         self._routers = {layer.layer_id: _describe(layer) for layer in layers}
 
     @property
@@ -36,9 +38,12 @@ class Recorder:
         return self._path.parent.is_dir()
 
     @classmethod
-    def from_environment(cls, config: RoutingConfig, layers: Sequence[Layer]) -> Self | None:
+    def from_environment(
+        cls, definitions: Sequence[Definition], layers: Sequence[Layer]
+    ) -> Self | None:
+        """Args: definitions: by policy id; read anew at every call."""
         folder = os.environ.get(environment.RECORD)
-        return cls(Path(folder), config, layers) if folder else None
+        return cls(Path(folder), definitions, layers) if folder else None
 
     def record(
         self,
@@ -63,7 +68,7 @@ class Recorder:
                 "layer": layer.layer_id,
                 "phase": plan.phase if plan else "GRAPH",
                 "requests": list(plan.request_ids) if plan else None,
-                "rows": [None if i == PAD else self._names[i] for i in ids],
+                "rows": [None if i == PAD else self._definitions[i].name for i in ids],
                 "router_logits": _exact(router_logits),
                 "base_ids": before[0].tolist(),
                 "base_weights": _exact(before[1]),
@@ -77,7 +82,7 @@ class Recorder:
         is_new = not self._path.exists()
         with self._path.open("a") as file:
             if is_new:
-                header = {"pid": os.getpid(), "policies": self._names, "layers": self._routers}
+                header = {"pid": os.getpid(), "layers": self._routers}
                 file.write(json.dumps(header) + "\n")
             file.write(json.dumps(entry) + "\n")
 

@@ -16,13 +16,16 @@ from . import environment
 
 _FLAGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "enable_dp_attention": (bool, "rows of other ranks would follow unknown policies"),
-    "ep_size": (lambda n: n > 1, "expert parallelism is not verified yet"),
+    "attn_dp_size": (lambda n: n > 1, "rows of other ranks would follow unknown policies"),
+    "moe_dp_size": (lambda n: n > 1, "rows of other ranks would follow unknown policies"),
+    "dwdp_size": (lambda n: n > 1, "rows of other ranks would follow unknown policies"),
     "pp_size": (lambda n: n > 1, "pipeline parallelism is not verified yet"),
     "moe_a2a_backend": (
         lambda name: name not in (None, "none"),
         "rows are sharded before the routing is applied",
     ),
     "attn_cp_size": (lambda n: n > 1, "context parallelism shards rows"),
+    "dcp_size": (lambda n: n > 1, "decode context parallelism is not verified yet"),
     "enable_two_batch_overlap": (bool, "a forward is split into parts with their own rows"),
     "enable_single_batch_overlap": (bool, "a forward is split into parts with their own rows"),
     "enable_pdmux": (bool, "prefill and decode share one forward stream"),
@@ -81,6 +84,11 @@ def refuse_recording_under_graphs(server_args: Any) -> None:
             f"{environment.RECORD} needs eager decoding; "
             "add --cuda-graph-backend-decode disabled, or unset it"
         )
+
+
+def replays_decode_steps(server_args: Any) -> bool:
+    """Whether decode steps replay captured graphs, emulated ones included."""
+    return os.environ.get(environment.EMULATE_GRAPHS) == "1" or uses_decode_graphs(server_args)
 
 
 def uses_decode_graphs(server_args: Any) -> bool:

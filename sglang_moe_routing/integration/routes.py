@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import signal
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, HTTPException
+from sglang.srt.runtime_context import get_serving
+from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from . import runtime
+from ..errors import RoutingError
+from . import metrics, reloading, runtime
+from .http_server import tokenizer_manager
+from .reloading import ERROR
 from .selecting import PolicyHeaderMiddleware
 from .statistics import KEY
 
-router = APIRouter(tags=["moe routing"])
 
-
-@router.get("/v1/moe_routing/policies")
 async def list_policies() -> dict[str, Any]:
     """The policies that are loaded, and which of them clients may pick."""
     state = runtime.current()
@@ -36,17 +41,77 @@ async def list_policies() -> dict[str, Any]:
     }
 
 
-@router.get("/v1/moe_routing/statistics")
-async def read_statistics(request: Request) -> dict[str, Any]:
+async def read_statistics() -> dict[str, Any]:
     """Active experts counted since the start, summed over decode steps, per MoE layer."""
-    from sglang.srt.entrypoints import http_server
-
-    manager = http_server._global_state.tokenizer_manager
-    states = [state[KEY] for state in await manager.get_internal_state()]
+    states = [dict(state[KEY]) for state in await tokenizer_manager().get_internal_state()]
+    for state in states:
+        del state[ERROR]
     return {"object": "list", "data": states}
+
+
+@auth_level(AuthLevel.ADMIN_OPTIONAL)  # type: ignore[untyped-decorator]  # sglang is untyped
+async def reload_config() -> dict[str, Any]:
+    """Read the routing config anew and put it into force, or change nothing and say why."""
+    config = runtime.current().config
+    if config.reload.http != "open" and not get_serving().admin_api_key:
+        raise HTTPException(
+            status_code=403,
+            detail="reloading over HTTP needs --admin-api-key, or reload.http: open in the routing "
+            "config; SIGHUP to the server's main process reloads too",
+        )
+    try:
+        loaded = await reloading.reload(tokenizer_manager())
+    except RoutingError as error:
+        raise HTTPException(status_code=400, detail=str(error)) from None
+    return {
+        "object": "moe_routing.reload",
+        "config_sha256": loaded.sha256,
+        "policies": list(loaded.config.names),
+    }
+
+
+def reload_on_hangup() -> None:
+    """SIGHUP to this process reloads, from now on. Called in the server's event loop."""
+    loop = asyncio.get_running_loop()
+
+    async def reload_and_log() -> None:
+        with contextlib.suppress(RoutingError):  # already logged
+            await reloading.reload(tokenizer_manager())
+
+    loop.add_signal_handler(signal.SIGHUP, lambda: _keep(loop.create_task(reload_and_log())))
+
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+def _keep(task: asyncio.Task[None]) -> None:
+    """The loop itself holds tasks weakly."""
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+
+
+class StartMiddleware:
+    """Pure ASGI middleware: what is to be done once the server's event loop runs."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            state = runtime.current()
+            metrics.start_at_zero(state.config.choosable)
+            metrics.show_config(state.loaded.sha256)
+            reload_on_hangup()
+        await self._app(scope, receive, send)
 
 
 def add_routes(app: FastAPI) -> None:
     """Add routes and the response header. Called once, before the app starts."""
-    app.include_router(router)
+    for path, method, endpoint in (
+        ("/v1/moe_routing/policies", "GET", list_policies),
+        ("/v1/moe_routing/statistics", "GET", read_statistics),
+        ("/moe_routing/reload", "POST", reload_config),
+    ):  # not through an APIRouter: SGLang finds the auth level of the app's own routes only
+        app.add_api_route(path, endpoint, methods=[method], tags=["moe routing"])
+    app.add_middleware(StartMiddleware)
     app.add_middleware(PolicyHeaderMiddleware)

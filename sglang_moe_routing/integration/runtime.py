@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,18 +14,18 @@ from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig
 from ..errors import EngineError
 from ..kernels import MAX_ROWS, KernelTable, refine_out, workspace
-from ..policies import PAD, PolicyTable, Router, Vanilla, reroute
+from ..policies import PolicyTable, Router, reroute
 from ..similarity import load_similarities
+from .definitions import Definition, PolicyIds, define
 from .recorder import Recorder
-from .statistics import Statistics
-
-VANILLA_ID = 0
+from .rows import RowCounts, RowViews
+from .statistics import Statistics, count
 
 LAYER = "_sglang_moe_routing_layer"
 """Attribute of a `TopKConfig` that opts its layer in; drafts and foreign routers lack it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Layer:
     """One routed MoE layer.
 
@@ -55,12 +54,14 @@ class Plan:
 
     Attributes:
         policy_ids: one per row, in row order.
+        group_ids: isolation group of each row.
         request_ids: request of each row, for the recorder.
         phase: SGLang's name of the forward mode.
         is_decode: whether every row is a decode token.
     """
 
     policy_ids: Sequence[int]
+    group_ids: Sequence[int]
     request_ids: Sequence[str]
     phase: str
     is_decode: bool
@@ -68,6 +69,33 @@ class Plan:
     @property
     def reroutes(self) -> bool:
         return any(self.policy_ids)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One MoE call: what the router chose, to be re-routed in place.
+
+    Attributes:
+        ids, weights: routed columns, ``[num_rows, top_k]``.
+        router_logits: ``[num_rows, num_experts]``.
+    """
+
+    layer: Layer
+    ids: Tensor
+    weights: Tensor
+    router_logits: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.ids.shape[0]
+
+    def clone(self) -> Call:
+        return replace(self, ids=self.ids.clone(), weights=self.weights.clone())
+
+    def take(self, rows: Tensor, other: Call) -> None:
+        """Take over the `rows`, bool ``[num_rows, 1]``, of `other`."""
+        self.ids.copy_(torch.where(rows, other.ids, self.ids))
+        self.weights.copy_(torch.where(rows, other.weights, self.weights))
 
 
 @dataclass
@@ -79,57 +107,57 @@ class Runtime:
     layers: Sequence[Layer] = ()
     kernels: str = ""
     experts: str = "sglang"
-    policy_ids: Tensor | None = None
+    has_graphs: bool = False
+    rows: RowViews | None = None
+    row_counts: RowCounts | None = None
+    rejections: Counter[str] = field(default_factory=Counter)
     workspace: Tensor | None = None
     statistics: Statistics | None = None
     recorder: Recorder | None = None
     plan: Plan | None = None
     is_capturing: bool = False
+    has_run: bool = False
     num_calls: int = 0
 
     def __post_init__(self) -> None:
         self.config = self.loaded.config
-        self.id_of = {name: index for index, name in enumerate(self.config.names)}
-        self.acts_in_prefill = [p.engage.phase == "all" for p in self.config.definitions]
+        self.ids = PolicyIds(define(self.loaded, self.artifacts))
 
-    def load_artifacts(self) -> None:
-        """Read the similarity artifacts that policies use. Raises as `load_similarities` does."""
-        used = {self.config.artifact_of(name) for name in self.config.names}
-        artifacts = load_similarities(self.loaded)
-        self.artifacts = {name: artifacts[name] for name in artifacts if name in used}
+    def adopt(
+        self,
+        loaded: LoadedConfig,
+        artifacts: Mapping[str, SimilarityArtifact],
+        table: Sequence[Definition] | None = None,
+    ) -> None:
+        """Put a reloaded config into force for requests that come from now on.
 
-    @cached_property
-    def cache_keys(self) -> list[str]:
-        """Prefix of the KV cache namespace of every policy id; empty where KV is shared."""
-        return [self._cache_key(policy_id) for policy_id in range(len(self.config.names))]
-
-    def _cache_key(self, policy_id: int) -> str:
-        """Namespace of one policy.
-
-        It is a digest of the definition, so that equal policies share KV and a changed one
-        never meets KV of its former self.
+        Args:
+            table: definitions by policy id that the layers' tables were made of.
         """
-        policy = self.config.definitions[policy_id]
-        if self.config.prefix_cache == "shared" or isinstance(policy, Vanilla):
-            return ""
-        artifact = self.config.artifact_of(self.config.names[policy_id])
-        content = policy.model_dump_json() + (self.artifacts[artifact].sha256 if artifact else "")
-        return f"moe-routing:{hashlib.sha256(content.encode()).hexdigest()[:16]}|"
+        definitions = define(loaded, artifacts)
+        self.ids.adopt(table or self.ids.with_config(definitions), definitions)
+        self.loaded, self.config, self.artifacts = loaded, loaded.config, artifacts
 
     def attach(self, layers: Sequence[Layer], device: torch.device, max_rows: int) -> None:
         """Take over the layers of the loaded model. Buffers never move: graphs bake them in."""
         self.layers = layers
         self.workspace = workspace(device)
-        self.policy_ids = torch.full((max_rows,), PAD, dtype=torch.int32, device=device)
+        groups = self.config.isolation.groups
+        self.rows = RowViews(len(groups), max_rows, device)
         if self.config.statistics:
-            self.statistics = Statistics([layer.layer_id for layer in layers], device)
-        self.recorder = Recorder.from_environment(self.config, layers)
+            self.statistics = Statistics([layer.layer_id for layer in layers], device, len(groups))
+            self.row_counts = RowCounts()
+        self.recorder = Recorder.from_environment(self.ids.table, layers)
 
     @contextmanager
     def forward(self, plan: Plan | None) -> Iterator[None]:
         """Run one forward under `plan`; None where no row can be re-routed."""
         if plan is not None:
-            self._write(plan.policy_ids)
+            assert self.rows is not None
+            self.rows.write(plan.policy_ids, plan.group_ids)
+            self.has_run = True
+            if plan.is_decode and self.row_counts:
+                self.row_counts.add(plan.policy_ids, plan.group_ids, self.ids.table)
         previous, self.plan = self.plan, plan
         self.num_calls = 0
         try:
@@ -140,7 +168,8 @@ class Runtime:
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Bake re-routing into the graphs that are captured meanwhile, all rows padded."""
-        self._write([])
+        assert self.rows is not None
+        self.rows.write([], [])
         previous, self.is_capturing = self.is_capturing, True
         self.num_calls = 0
         try:
@@ -163,18 +192,6 @@ class Runtime:
                 "one forward: this model or MoE backend bypasses SGLang's TopK"
             )
 
-    def _write(self, policy_ids: Sequence[int]) -> None:
-        assert self.policy_ids is not None
-        if len(policy_ids) > len(self.policy_ids):
-            raise EngineError(
-                f"a forward has {len(policy_ids)} rows, the policy buffer {len(self.policy_ids)}"
-            )
-        self.policy_ids.fill_(PAD)
-        host = torch.tensor(policy_ids, dtype=torch.int32)
-        if self.policy_ids.is_cuda:
-            host = host.pin_memory()  # fresh each step: the copy may outlive this call
-        self.policy_ids[: len(policy_ids)].copy_(host, non_blocking=True)
-
     def reroute(
         self, layer: Layer, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -186,7 +203,7 @@ class Runtime:
         if plan is None and not self.is_capturing:
             return topk_ids, topk_weights
         self.num_calls += 1
-        if self.policy_ids is None or router_logits.shape != (num_rows, layer.num_experts):
+        if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
             raise EngineError(
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
                 f"expected {(num_rows, layer.num_experts)}"
@@ -195,83 +212,114 @@ class Runtime:
         is_recording = self.recorder is not None and self.recorder.is_on
         counted = self.statistics if plan is None or plan.is_decode else None
         routed = slice(0, layer.top_k)
-        ids, weights = topk_ids[:, routed], topk_weights[:, routed]
+        call = Call(layer, topk_ids[:, routed], topk_weights[:, routed], router_logits)
         is_vanilla = plan is not None and not (plan.reroutes or is_padded or is_recording)
-        if is_vanilla and (counted is None or layer.kernel_table is None):
+        is_grouped = self.rows.num_groups > 1
+        if is_vanilla and (counted is None or layer.kernel_table is None or is_grouped):
             if counted is not None:
-                counted.count_vanilla(layer.index, ids, layer.num_experts)
-            return topk_ids, topk_weights
-        before = (ids.clone(), weights.clone()) if is_recording else (ids, weights)
-        fits = layer.kernel_table is not None and num_rows <= MAX_ROWS
-        run = self._reroute_in_kernels if fits else self._reroute_in_torch
-        union = run(layer, ids, weights, router_logits, self.policy_ids[:num_rows], counted)
-        if self.recorder and is_recording:
-            after = (ids, weights, union)
-            self.recorder.record(
-                layer, plan, self.policy_ids[:num_rows], router_logits, before, after
-            )
+                counted.count_vanilla(layer.index, call.ids, layer.num_experts)
+        elif is_grouped:
+            self._reroute_by_group(call, counted)
+        else:
+            self._reroute_together(call, counted)
         return topk_ids, topk_weights
 
-    def _reroute_in_kernels(
-        self,
-        layer: Layer,
-        ids: Tensor,
-        weights: Tensor,
-        router_logits: Tensor,
-        policy_ids: Tensor,
-        statistics: Statistics | None,
-    ) -> Tensor:
+    def _reroute_together(self, call: Call, counted: Statistics | None) -> None:
+        assert self.rows is not None
+        policy_ids = self.rows.policy_ids(0, call.num_rows)
+        before = call.clone() if self.recorder and self.recorder.is_on else call
+        union = self._run(call, policy_ids, _sums(counted, call.layer))
+        self._record(policy_ids, before, call, union)
+
+    def _reroute_by_group(self, call: Call, counted: Statistics | None) -> None:
+        """One pass per isolation group, in which the rows of the other groups are padding."""
+        assert self.rows is not None
+        before, live = call.clone(), self.rows.live(call.num_rows)
+        if counted is not None:  # T is a matter of all rows together: count them as vanilla
+            self._run(before.clone(), live, _sums(counted, call.layer, "before"))
+        for group in self.rows.groups_to_run(is_capturing=self.plan is None):
+            policy_ids = self.rows.policy_ids(group, call.num_rows)
+            mine = before.clone()
+            union = self._run(mine, policy_ids, _sums(counted, call.layer))
+            self._record(policy_ids, before, mine, union)
+            call.take(self.rows.of_group(group, call.num_rows), mine)
+        if counted is not None:
+            self._run(call.clone(), live, _sums(counted, call.layer, "after"))
+
+    def _record(self, policy_ids: Tensor, before: Call, after: Call, union: Tensor) -> None:
+        if self.recorder and self.recorder.is_on:
+            self.recorder.record(
+                after.layer,
+                self.plan,
+                policy_ids,
+                after.router_logits,
+                (before.ids, before.weights),
+                (after.ids, after.weights, union),
+            )
+
+    def _run(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
+        """Re-route `call` in place, add to `sums`; the union."""
+        fits = call.layer.kernel_table is not None and call.num_rows <= MAX_ROWS
+        run = self._run_kernels if fits else self._run_torch
+        return run(call, policy_ids, sums)
+
+    def _run_kernels(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
+        layer = call.layer
         assert layer.kernel_table is not None
         refine_out(
-            router_logits,
-            ids,
-            weights,
+            call.router_logits,
+            call.ids,
+            call.weights,
             policy_ids,
             layer.kernel_table,
             layer.router,
-            out_ids=ids,
-            out_weights=weights,
+            out_ids=call.ids,
+            out_weights=call.weights,
             out_union=layer.union,
-            statistics=None if statistics is None else statistics.of_layer(layer.index),
+            statistics=sums,
             workspace=self.workspace,
         )
         return layer.union
 
-    def _reroute_in_torch(
-        self,
-        layer: Layer,
-        ids: Tensor,
-        weights: Tensor,
-        router_logits: Tensor,
-        policy_ids: Tensor,
-        statistics: Statistics | None,
-    ) -> Tensor:
-        scores, gates = layer.router.score(router_logits, ids)
+    def _run_torch(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
+        router = call.layer.router
+        scores, gates = router.score(call.router_logits, call.ids)
         outcome = reroute(
             scores,
             gates,
-            ids,
-            weights,
+            call.ids,
+            call.weights,
             policy_ids,
-            layer.table,
-            renormalize=layer.router.renormalize,
-            scale=layer.router.scale,
+            call.layer.table,
+            renormalize=router.renormalize,
+            scale=router.scale,
         )
-        if statistics is not None:
-            statistics.count(layer.index, policy_ids, outcome)
-        ids.copy_(outcome.topk_ids)
-        weights.copy_(outcome.topk_weights)
+        if sums is not None:
+            count(sums, policy_ids, outcome)
+        call.ids.copy_(outcome.topk_ids)
+        call.weights.copy_(outcome.topk_weights)
         return outcome.union
+
+
+def _sums(statistics: Statistics | None, layer: Layer, part: str = "groups") -> Tensor | None:
+    return None if statistics is None else statistics.of_layer(layer.index, part)
 
 
 _runtime: Runtime | None = None
 
 
 def start(loaded: LoadedConfig) -> Runtime:
-    """Create this process's runtime."""
+    """Create this process's runtime. Raises as `load_similarities` does."""
     global _runtime
-    _runtime = Runtime(loaded)
+    _runtime = Runtime(loaded, used_artifacts(loaded))
     return _runtime
+
+
+def used_artifacts(loaded: LoadedConfig) -> dict[str, SimilarityArtifact]:
+    """Read all similarity artifacts; those that policies use. Raises as `load_similarities`."""
+    used = {loaded.config.artifact_of(name) for name in loaded.config.names}
+    artifacts = load_similarities(loaded)
+    return {name: artifacts[name] for name in artifacts if name in used}
 
 
 def current() -> Runtime:

@@ -8,10 +8,18 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from ..config import BODY_KEY, choose, split_alias
+from ..config import (
+    BODY_KEY,
+    DEFAULT_GROUP,
+    GROUP_KEY,
+    choose,
+    choose_group,
+    split_alias,
+)
 from ..errors import RoutingRequestError
 from ..policies import Vanilla
-from . import runtime
+from . import metrics, runtime
+from .http_server import is_own_warm_up
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -48,8 +56,16 @@ class PolicyHeaderMiddleware:
         await self._app(scope, receive, send_with_header)
 
 
-def select_policies(sampling_params: Any, request: Any) -> list[str]:
-    """Policy name of every item of a request; remembers them for the response header.
+@dataclass(frozen=True)
+class Choice:
+    """Names of the policy and the isolation group of one item of a request."""
+
+    policy: str
+    group: str
+
+
+def select(sampling_params: Any, request: Any) -> list[Choice]:
+    """Policy and group of every item of a request; remembers policies for the response header.
 
     Args:
         sampling_params: one dict, a list of them for a batch, or None.
@@ -58,26 +74,43 @@ def select_policies(sampling_params: Any, request: Any) -> list[str]:
     Raises:
         RoutingRequestError: the client asked for something that it cannot have.
     """
-    config = runtime.current().config
-    selection = _selection(request)
-    headers = request.headers.getlist(config.header) if request is not None else []
     items = sampling_params if isinstance(sampling_params, list) else [sampling_params]
-    names = [
-        choose(config, headers=headers, alias=selection.alias, body=_body_choice(item))
-        for item in items
-    ]
-    for item, name in zip(items, names, strict=True):
-        _refuse_beam_search(item, name)
-    selection.applied = names
-    return names
+    try:
+        choices = [_choose(item, request) for item in items]
+    except RoutingRequestError as error:
+        metrics.count_rejection(error.reason)
+        raise
+    _selection(request).applied = [choice.policy for choice in choices]
+    return choices
+
+
+def _choose(sampling_params: Any, request: Any) -> Choice:
+    config = runtime.current().config
+    custom = _custom_params(sampling_params)
+    policy = choose(
+        config,
+        headers=request.headers.getlist(config.header) if request is not None else [],
+        alias=_selection(request).alias,
+        body=custom.get(BODY_KEY),
+    )
+    _refuse_beam_search(sampling_params, policy)
+    if request is None or is_own_warm_up(request):  # the offline engine needs no key either
+        group = config.isolation.policies.get(policy, DEFAULT_GROUP)
+    else:
+        group = choose_group(config, policy, request.headers.get("authorization"))
+    if custom.get(GROUP_KEY, group) != group:
+        raise RoutingRequestError(
+            f"custom_params.{GROUP_KEY} is set by the server; leave it out", reason="reserved"
+        )
+    return Choice(policy, group)
 
 
 def select_early(sampling_params: Any, request: Any) -> None:
-    """Select before an endpoint starts its response, so that an error is a plain HTTP 400."""
+    """Select before an endpoint starts its response, so that an error is a plain HTTP 4xx."""
     try:
-        select_policies(sampling_params, request)
+        select(sampling_params, request)
     except RoutingRequestError as error:
-        raise HTTPException(status_code=400, detail=str(error)) from None
+        raise HTTPException(status_code=error.status, detail=str(error)) from None
 
 
 def forget_selection(request: Any) -> None:
@@ -107,10 +140,15 @@ def _refuse_beam_search(sampling_params: Any, name: str) -> None:
     width = sampling_params.get("beam_width") if isinstance(sampling_params, dict) else None
     if (width or 1) > 1 and not isinstance(policy, Vanilla):
         raise RoutingRequestError(
-            f"beam search runs under the vanilla MoE routing policy only, not {name!r}"
+            f"beam search runs under the vanilla MoE routing policy only, not {name!r}",
+            reason="beam_search",
         )
 
 
-def _body_choice(sampling_params: Any) -> object:
-    custom = sampling_params.get("custom_params") if isinstance(sampling_params, dict) else None
-    return custom.get(BODY_KEY) if isinstance(custom, dict) else None
+def _custom_params(sampling_params: Any) -> dict[str, Any]:
+    given = sampling_params.get("custom_params") if isinstance(sampling_params, dict) else None
+    if given is not None and not isinstance(given, dict):
+        raise RoutingRequestError(
+            f"custom_params is {given!r:.80}, expected an object", reason="malformed"
+        )
+    return given or {}

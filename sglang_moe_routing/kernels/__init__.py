@@ -11,7 +11,7 @@ from .native import (
     choose,
 )
 from .ops import fused, fused_out, refine, refine_out, workspace
-from .table import MAX_ROWS, KernelTable, compile_table, unsupported
+from .table import MAX_ROWS, KernelTable, Room, compile_table, unsupported, with_room
 
 __all__ = [
     "CACHE",
@@ -21,6 +21,7 @@ __all__ = [
     "TARGET_ARCHITECTURES",
     "Implementation",
     "KernelTable",
+    "Room",
     "build_cpu",
     "build_cuda",
     "choose",
@@ -30,5 +31,6 @@ __all__ = [
     "refine",
     "refine_out",
     "unsupported",
+    "with_room",
     "workspace",
 ]

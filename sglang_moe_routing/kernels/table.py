@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..errors import KernelError
 from ..policies import OEA, SERE, Budget, Policy, PolicyTable, Router, TopK, Vanilla
 
 MAX_EXPERTS = 512
@@ -34,7 +36,8 @@ _NUM_WORDS = 12
 class KernelTable:
     """What every policy does on one layer, for every number of live rows.
 
-    Kernels read these tensors at every call, so a reload only has to rewrite their contents.
+    Kernels read these tensors at every call, so a reload only has to rewrite their contents, also
+    where captured graphs hold their addresses.
 
     Attributes:
         policies: int32 ``[num_policies, num_steps, 12]``; the words are those of ``Policy`` in
@@ -44,6 +47,24 @@ class KernelTable:
 
     policies: Tensor
     similarity: Tensor
+
+    @property
+    def room(self) -> Room:
+        num_policies, num_steps, _ = self.policies.shape
+        return Room(num_policies, num_steps, self.similarity.shape[0])
+
+    def rewrite(self, other: KernelTable) -> None:
+        """Take over the contents of a table with the same room."""
+        self.policies.copy_(other.policies)
+        self.similarity.copy_(other.similarity)
+
+
+class Room(NamedTuple):
+    """How much a table holds."""
+
+    policies: int
+    steps: int
+    artifacts: int
 
 
 def unsupported(table: PolicyTable, router: Router, num_experts: int, top_k: int) -> str:
@@ -79,3 +100,22 @@ def compile_table(table: PolicyTable) -> KernelTable:
         policies=words.to(device),
         similarity=table.similarity.contiguous(),
     )
+
+
+def with_room(table: KernelTable, room: Room) -> KernelTable:
+    """Pad `table`: further policies are vanilla, further steps are never reached.
+
+    Raises:
+        KernelError: the table needs more than `room`; the message says of what.
+    """
+    spare = Room(*(has - needed for has, needed in zip(room, table.room, strict=True)))
+    for what, has, needed, left in zip(Room._fields, room, table.room, spare, strict=True):
+        if left < 0:
+            raise KernelError(f"needs room for {needed} {what}, there is room for {has}")
+    never = table.policies[:, -1:].clone()
+    never[..., _START_WORD] = torch.iinfo(torch.int32).max
+    policies = torch.cat([table.policies, never.expand(-1, spare.steps, -1)], dim=1)
+    policies = nn.functional.pad(policies, (0, 0, 0, 0, 0, spare.policies))
+    policies[..., _START_WORD] = policies[:1, :, _START_WORD]  # the same for all policies
+    similarity = nn.functional.pad(table.similarity, (0, 0, 0, 0, 0, spare.artifacts))
+    return KernelTable(policies.contiguous(), similarity.contiguous())

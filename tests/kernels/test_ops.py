@@ -13,6 +13,7 @@ from sglang_moe_routing.errors import KernelError
 from sglang_moe_routing.kernels import (
     MAX_ROWS,
     KernelTable,
+    Room,
     choose,
     compile_table,
     fused,
@@ -21,8 +22,19 @@ from sglang_moe_routing.kernels import (
     refine,
     refine_out,
     unsupported,
+    with_room,
 )
-from sglang_moe_routing.policies import OEA, Budget, Policy, Router, TopK, Vanilla, build_table
+from sglang_moe_routing.policies import (
+    OEA,
+    Budget,
+    Engagement,
+    Policy,
+    Router,
+    TopK,
+    Vanilla,
+    build_table,
+)
+from tests.cases import policy_ids, to_policy, varied_case
 from tests.kernels import building
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -254,3 +266,40 @@ def test_what_kernels_cannot_serve_is_known_beforehand(
     found = unsupported(table, router, num_experts, top_k)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", range(6))
+def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
+    case = varied_case((12, 32, 4), seed)
+    engaged = [
+        policy.model_copy(update={"engage": Engagement(min_rows=1 + 3 * (i % 4))})
+        for i, policy in enumerate(map(to_policy, case.specs))
+    ]
+    table = compile_table(
+        build_table(
+            engaged,
+            layer=0,
+            top_k=case.top_k,
+            num_experts=case.num_experts,
+            similarity=case.artifacts,
+            artifacts=[spec.get("artifact") for spec in case.specs],
+            device=device,
+        )
+    )
+    assert table.room == Room(policies=8, steps=5, artifacts=2)
+    wide = with_room(table, Room(policies=11, steps=9, artifacts=3))
+    arguments = [
+        t.to(device)
+        for t in (case.scores, case.topk_ids, case.topk_weights, policy_ids(case, torch.int32))
+    ]
+    expected = refine(*arguments, table, Router())
+    for found, wanted in zip(refine(*arguments, wide, Router()), expected, strict=True):
+        assert torch.equal(found, wanted)
+    wide.rewrite(with_room(make_table(device, case.num_experts), wide.room))
+    assert not any(map(torch.equal, refine(*arguments, wide, Router())[:1], expected))
+
+
+def test_too_little_room_says_of_what() -> None:
+    with pytest.raises(KernelError, match="needs room for 3 policies, there is room for 2"):
+        with_room(make_table(), Room(policies=2, steps=1, artifacts=0))

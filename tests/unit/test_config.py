@@ -93,7 +93,18 @@ policies: {s: {kind: sere, num_primary: 2, similarity: a}}
 
 SERE_POLICY = "policies: {s: {kind: sere, num_primary: 2}}"
 
+KEY = "a" * 64
+KEYS = ", ".join(f"{KEY[1:]}{i}: g{i}" for i in range(8))
+
 PROBLEMS = {
+    "isolation: {policies: {a: g}}": "isolation.policies: 'a' is not a policy; known: vanilla",
+    "isolation: {api_keys: {s3cret: g}}": "isolation.api_keys.s3cret: not a valid key:",
+    f"isolation: {{api_keys: {{{KEY}: 'a b'}}}}": "String should match pattern",
+    f"isolation: {{api_keys: {{{KEYS}}}}}": (
+        "isolation: 9 groups with 'default', at most 8: every group costs one kernel launch"
+    ),
+    "reload: {http: everybody}": "reload.http: Input should be 'admin' or 'open', got 'everybody'",
+    "metrics: {interval: 0}": "metrics.interval: Input should be greater than or equal to 0.1",
     "polices: {}": "routing.yaml:2: polices: unknown key, did you mean 'policies'?",
     "zzz: 1": "routing.yaml:2: zzz: unknown key, known: version, default, header,",
     "policies: {a: {kind: oea, k00: 3, k0: 1}}": (
@@ -192,6 +203,9 @@ def test_schema_describes_every_key() -> None:
         "clients_may_choose",
         "prefix_cache",
         "statistics",
+        "metrics",
+        "reload",
+        "isolation",
         "similarity",
         "policies",
     }

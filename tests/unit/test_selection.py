@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
 
-from sglang_moe_routing.config import choose, model_for, split_alias
+from sglang_moe_routing.config import RoutingConfig, choose, choose_group, model_for, split_alias
 from sglang_moe_routing.errors import RoutingRequestError
 from sglang_moe_routing.policies import builtin_registry
 
@@ -83,3 +84,49 @@ def test_alias(model: str, expected: tuple[str, str | None]) -> None:
 def test_served_name_with_an_at_sign_is_not_split() -> None:
     assert split_alias(CONFIG, "llm@fast", "llm@fast") == ("llm@fast", None)
     assert split_alias(CONFIG, "llm@fast@base", "llm@fast") == ("llm@fast", "base")
+
+
+def isolated(**isolation: Any) -> RoutingConfig:
+    content = {"version": 1, "policies": {"fast": {"kind": "oea", "k0": 3}}, "isolation": isolation}
+    return model_for(builtin_registry()).model_validate(content)
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def test_without_isolation_everybody_is_in_one_group() -> None:
+    assert CONFIG.isolation.groups == ("default",)
+    assert choose_group(CONFIG, "fast", "Bearer whatever") == "default"
+
+
+def test_group_of_a_policy() -> None:
+    config = isolated(policies={"fast": "lossy"})
+    assert config.isolation.groups == ("default", "lossy")
+    assert choose_group(config, "fast", None) == "lossy"
+    assert choose_group(config, "vanilla", None) == "default"
+
+
+def test_group_of_an_api_key_wins() -> None:
+    config = isolated(api_keys={digest("s3cret"): "tenant"}, policies={"fast": "lossy"})
+    for header in ("Bearer s3cret", "bearer s3cret"):
+        assert choose_group(config, "fast", header) == "tenant"
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer other", "Basic s3cret", "s3cret", "Bearer s3cret "]
+)
+def test_key_that_is_not_listed_is_refused(header: str | None) -> None:
+    config = isolated(api_keys={digest("s3cret"): "tenant"})
+    with pytest.raises(RoutingRequestError, match="API key") as error:
+        choose_group(config, "vanilla", header)
+    assert error.value.status == 401
+    assert error.value.reason == "unknown_api_key"
+
+
+def test_other_keys_may_be_allowed() -> None:
+    config = isolated(
+        api_keys={digest("s3cret"): "tenant"}, other_keys="allow", policies={"fast": "lossy"}
+    )
+    assert choose_group(config, "fast", "Bearer other") == "lossy"
+    assert choose_group(config, "vanilla", None) == "default"

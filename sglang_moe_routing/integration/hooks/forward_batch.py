@@ -10,11 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from .. import runtime
+from ..definitions import VANILLA_ID
 from ..hooking import Hook
-from ..runtime import VANILLA_ID, Plan
+from ..runtime import Plan
 
 PLAN = "_sglang_moe_routing_plan"
 POLICY_ID = "_sglang_moe_routing_policy_id"
+GROUP_ID = "_sglang_moe_routing_group_id"
+DEFAULT_GROUP_ID = 0
 
 
 def after(
@@ -28,11 +31,13 @@ def make_plan(batch: Any, batch_size: int) -> Plan | None:
     """Plan of a `ScheduleBatch`; None where no row can be re-routed."""
     mode = batch.forward_mode
     ids = [getattr(req, POLICY_ID) for req in batch.reqs]
+    groups = [getattr(req, GROUP_ID) for req in batch.reqs]
     rids = [req.rid for req in batch.reqs]
     if mode.is_decode():
         beam_members = batch_size - len(ids)
         return Plan(
             policy_ids=ids + [VANILLA_ID] * beam_members,
+            group_ids=groups + [DEFAULT_GROUP_ID] * beam_members,
             request_ids=rids + [""] * beam_members,
             phase=mode.name,
             is_decode=True,
@@ -40,16 +45,26 @@ def make_plan(batch: Any, batch_size: int) -> Plan | None:
     if not mode.is_extend():
         return None
     decoding = {id(req) for req in batch.decoding_reqs or ()} if mode.is_mixed() else set()
-    acts_in_prefill = runtime.current().acts_in_prefill
+    definitions = runtime.current().ids.table
     rows: list[int] = []
+    row_groups: list[int] = []
     row_rids: list[str] = []
-    for req, policy_id, num_tokens in zip(batch.reqs, ids, batch.extend_lens, strict=True):
-        acts = id(req) in decoding or acts_in_prefill[policy_id]
+    requests = zip(batch.reqs, ids, groups, batch.extend_lens, strict=True)
+    for req, policy_id, group_id, num_tokens in requests:
+        acts_in_prefill = definitions[policy_id].policy.engage.phase == "all"
+        acts = id(req) in decoding or acts_in_prefill
         rows += [policy_id if acts else VANILLA_ID] * num_tokens
+        row_groups += [group_id] * num_tokens
         row_rids += [req.rid] * num_tokens
     if not any(rows):
         return None
-    return Plan(policy_ids=rows, request_ids=row_rids, phase=mode.name, is_decode=False)
+    return Plan(
+        policy_ids=rows,
+        group_ids=row_groups,
+        request_ids=row_rids,
+        phase=mode.name,
+        is_decode=False,
+    )
 
 
 HOOK = Hook(

@@ -14,33 +14,43 @@ from typing import Any
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from ...config import BODY_KEY, VANILLA
-from .. import runtime
+from ...config import BODY_KEY, DEFAULT_GROUP, GROUP_KEY
+from .. import metrics, runtime
 from ..hooking import Hook
-from ..selecting import forget_selection, select_policies
+from ..selecting import Choice, forget_selection, select
 
 
 def before(self: Any, obj: Any, request: Any = None) -> None:
     if not isinstance(obj, GenerateReqInput) or _is_health_check(obj):
         forget_selection(request)
         return
-    names = select_policies(obj.sampling_params, request)
-    config = runtime.current().config
-    if config.default == VANILLA and all(name == VANILLA for name in names):
-        return  # nothing to say: the request stays exactly as it came
+    choices = select(obj.sampling_params, request)
     given = obj.sampling_params
     items = given if isinstance(given, list) else [given]
-    marked = [_mark(item, name) for item, name in zip(items, names, strict=True)]
+    marked = [_mark(item, choice) for item, choice in zip(items, choices, strict=True)]
     obj.sampling_params = marked if isinstance(given, list) else marked[0]
+    for choice in choices * (_num_prompts(obj) if len(choices) == 1 else 1):
+        metrics.count_request(choice.policy)
+
+
+def _num_prompts(obj: GenerateReqInput) -> int:
+    for prompts in (obj.text, obj.input_ids):
+        if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
+            return len(prompts)
+    return 1
 
 
 def _is_health_check(obj: GenerateReqInput) -> bool:
     return isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX)
 
 
-def _mark(sampling_params: dict[str, Any] | None, name: str) -> dict[str, Any]:
+def _mark(sampling_params: dict[str, Any] | None, choice: Choice) -> dict[str, Any]:
+    """Always say the policy, the default too: a reload may change it while the request travels."""
     params = dict(sampling_params or {})
-    params["custom_params"] = {**(params.get("custom_params") or {}), BODY_KEY: name}
+    own = {BODY_KEY: choice.policy}
+    if choice.group != DEFAULT_GROUP:
+        own[GROUP_KEY] = choice.group
+    params["custom_params"] = {**(params.get("custom_params") or {}), **own}
     return params
 
 

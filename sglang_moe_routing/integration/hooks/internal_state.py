@@ -10,7 +10,9 @@ from typing import Any
 
 from .. import runtime
 from ..hooking import Hook
+from ..reloading import ERROR
 from ..statistics import KEY
+from .reload import FOLLOWER
 
 
 def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -21,6 +23,8 @@ def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         "kernels": state.kernels,
         "experts": state.experts,
         "layers": layers,
+        "policies": state.row_counts.read() if state.row_counts else None,
+        ERROR: FOLLOWER.error,
     }
 
 

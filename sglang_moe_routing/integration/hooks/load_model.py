@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from sglang.srt.distributed import get_tp_group
+
 from ...errors import RoutingError
 from .. import runtime
 from ..attach import attach
 from ..hooking import Hook
+from ..metrics import Exporter
 from ..plugin import fatal
 from ..refusals import refuse_recording_under_graphs, refuse_unsupported
 
@@ -30,6 +34,8 @@ def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
         attach(runtime.current(), self)
     except RoutingError as error:
         fatal(error)
+    if self.server_args.enable_metrics and get_tp_group().rank_in_group == 0:
+        Exporter(runtime.current(), torch.device(self.device)).start()
     return result
 
 

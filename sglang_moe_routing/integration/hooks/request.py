@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...config import BODY_KEY
+from ...config import BODY_KEY, DEFAULT_GROUP, GROUP_KEY
 from ...errors import RoutingRequestError
 from .. import runtime
+from ..definitions import VANILLA_ID
 from ..hooking import Hook
-from ..runtime import VANILLA_ID
-from .forward_batch import POLICY_ID
+from .forward_batch import DEFAULT_GROUP_ID, GROUP_ID, POLICY_ID
 
 _SESSION_POLICY = "_sglang_moe_routing_policy_id"
 
@@ -22,27 +22,42 @@ _SESSION_POLICY = "_sglang_moe_routing_policy_id"
 def after(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     state = runtime.current()
     custom = self.sampling_params.custom_params
-    name = custom.get(BODY_KEY) if isinstance(custom, dict) else None
+    custom = custom if isinstance(custom, dict) else {}
+    setattr(self, POLICY_ID, VANILLA_ID)
+    setattr(self, GROUP_ID, DEFAULT_GROUP_ID)
     try:
-        policy_id = _policy_id(state, name)
+        policy_id = _policy_id(state, custom.get(BODY_KEY))
+        group = _group(state, custom.get(GROUP_KEY, DEFAULT_GROUP))
         _check_session(self, policy_id)
     except RoutingRequestError as error:
-        setattr(self, POLICY_ID, VANILLA_ID)
+        state.rejections[error.reason] += 1
         self.set_finish_with_abort(str(error))
         return
     setattr(self, POLICY_ID, policy_id)
-    key = state.cache_keys[policy_id]
-    if key:
-        self.extra_key = key + (self.extra_key or "")
+    setattr(self, GROUP_ID, state.config.isolation.groups.index(group))
+    state.ids.use(policy_id, self)
+    key = state.ids.table[policy_id].cache_key
+    if key:  # rows of its group decided about KV that the request writes
+        own = "" if group == DEFAULT_GROUP else f"{group}|"
+        self.extra_key = key + own + (self.extra_key or "")
 
 
 def _policy_id(state: runtime.Runtime, name: object) -> int:
     if name is None:
         name = state.config.default
-    if name not in state.id_of:
+    if name not in state.ids.of_name:
         known = ", ".join(state.config.names)
-        raise RoutingRequestError(f"unknown MoE routing policy {name!r}; available: {known}")
-    return state.id_of[str(name)]
+        raise RoutingRequestError(
+            f"unknown MoE routing policy {name!r}; available: {known}", reason="unknown"
+        )
+    return state.ids.of_name[str(name)]
+
+
+def _group(state: runtime.Runtime, name: object) -> str:
+    """The HTTP process named it from the config; anything else comes from a front end of others."""
+    if name not in state.config.isolation.groups:
+        raise RoutingRequestError(f"unknown isolation group {name!r}", reason="reserved")
+    return str(name)
 
 
 def _check_session(req: Any, policy_id: int) -> None:
@@ -51,7 +66,9 @@ def _check_session(req: Any, policy_id: int) -> None:
         return
     if getattr(req.session, _SESSION_POLICY, policy_id) != policy_id:
         raise RoutingRequestError(
-            "a session must keep the MoE routing policy of its first request; open a new session"
+            "a session must keep the MoE routing policy of its first request, in the definition "
+            "that it had then; open a new session",
+            reason="session",
         )
     setattr(req.session, _SESSION_POLICY, policy_id)
 

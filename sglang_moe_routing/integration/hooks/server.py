@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import EngineError, RoutingError
+from .. import metrics
 from ..environment import EXIT_CODE
 from ..hooking import Hook
 from ..plugin import fatal
@@ -34,6 +35,7 @@ def around_launch_server(original: Callable[..., Any], *args: Any, **kwargs: Any
 
 def before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
     refuse_unsupported(server_args)
+    metrics.enable(bool(server_args.enable_metrics))
 
 
 LAUNCH_SERVER = Hook(

@@ -1,0 +1,102 @@
+"""Policy ids: one for each definition that the config has, or that a running request keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..artifacts import SimilarityArtifact
+from ..config import LoadedConfig
+from ..policies import Policy, Vanilla
+
+VANILLA_ID = 0
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a name meant when a config was read.
+
+    Attributes:
+        policy: its rule.
+        artifact: the similarity artifact that it uses, None if it uses none.
+        cache_key: prefix of its KV cache namespace; empty where KV is shared. It is a digest, so
+            that equal policies share KV and a changed one never meets KV of its former self.
+    """
+
+    name: str
+    policy: Policy
+    artifact: SimilarityArtifact | None
+    cache_key: str
+
+    @property
+    def identity(self) -> tuple[str, str, str, str]:
+        """Equal for definitions between which no request can tell a difference."""
+        digest = self.artifact.sha256 if self.artifact else ""
+        return self.name, self.policy.model_dump_json(), digest, self.cache_key
+
+
+def define(
+    loaded: LoadedConfig, artifacts: Mapping[str, SimilarityArtifact]
+) -> tuple[Definition, ...]:
+    """The definitions of a config, in the order of its names.
+
+    Args:
+        artifacts: by the config's names for them.
+    """
+    config = loaded.config
+    definitions = []
+    for name, policy in zip(config.names, config.definitions, strict=True):
+        source = config.artifact_of(name)
+        artifact = artifacts[source] if source else None
+        is_shared = config.prefix_cache == "shared" or isinstance(policy, Vanilla)
+        key = "" if is_shared else _cache_key(policy, artifact)
+        definitions.append(Definition(name, policy, artifact, key))
+    return tuple(definitions)
+
+
+def _cache_key(policy: Policy, artifact: SimilarityArtifact | None) -> str:
+    content = policy.model_dump_json() + (artifact.sha256 if artifact else "")
+    return f"moe-routing:{hashlib.sha256(content.encode()).hexdigest()[:16]}|"
+
+
+class PolicyIds:
+    """Gives every definition an id that stays its own as long as a request uses it.
+
+    The place of a definition in `table` is its id. Ids of former definitions are given anew once
+    their last request is gone; vanilla is always `VANILLA_ID`.
+    """
+
+    def __init__(self, definitions: Sequence[Definition]) -> None:
+        self.table: list[Definition] = list(definitions)
+        self.of_name = {d.name: i for i, d in enumerate(self.table)}
+        self._users: list[weakref.WeakSet[object]] = [weakref.WeakSet() for _ in self.table]
+
+    def use(self, policy_id: int, request: object) -> None:
+        """Keep `policy_id` for `request` until that is garbage."""
+        if policy_id != VANILLA_ID:
+            self._users[policy_id].add(request)
+
+    def with_config(self, definitions: Sequence[Definition]) -> list[Definition]:
+        """The table after a reload: what runs keeps its place, what is new fills the gaps."""
+        wanted = {d.identity for d in definitions}
+        table: list[Definition | None] = [
+            d if d.identity in wanted or self._users[i] else None for i, d in enumerate(self.table)
+        ]
+        vanilla = table[VANILLA_ID] = definitions[VANILLA_ID]
+        present = {d.identity for d in table if d is not None}
+        for definition in definitions:
+            if definition.identity not in present:
+                place = table.index(None) if None in table else len(table)
+                table[place : place + 1] = [definition]
+        while table[-1] is None:
+            table.pop()
+        return [d or vanilla for d in table]
+
+    def adopt(self, table: Sequence[Definition], definitions: Sequence[Definition]) -> None:
+        """Put a table of `with_config` into force for requests that come from now on."""
+        places = {d.identity: i for i, d in reversed(list(enumerate(table)))}
+        self._users += [weakref.WeakSet() for _ in range(len(table) - len(self._users))]
+        self.table[:] = table
+        self.of_name = {d.name: places[d.identity] for d in definitions}

@@ -1,0 +1,19 @@
+"""SGLang's HTTP server, as our routes and request checks see it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def tokenizer_manager() -> Any:
+    """SGLang's `TokenizerManager` of this process."""
+    from sglang.srt.entrypoints import http_server
+
+    return http_server._global_state.tokenizer_manager
+
+
+def is_own_warm_up(request: Any) -> bool:
+    """Whether a request is SGLang's warm-up: sent to itself before it is up, without a key."""
+    client, server = request.scope.get("client"), request.scope.get("server")
+    is_own = bool(client and server and client[0] == server[0])
+    return is_own and tokenizer_manager().server_status.name == "Starting"

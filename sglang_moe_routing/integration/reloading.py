@@ -1,0 +1,228 @@
+"""Live reload: a new version of the routing config comes into force in all processes or in none.
+
+The HTTP process validates the file, then asks every scheduler to stage it. Each reads it itself,
+holds it to its model and builds its tables; ranks compare what they read. Only if all agree are
+they told to commit, which happens in their event loop, between two steps of the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.managers.io_struct import SetInternalStateReq
+
+from ..artifacts import SimilarityArtifact
+from ..config import LoadedConfig, RoutingConfig, load_config
+from ..errors import KernelError, ReloadError, RoutingError
+from ..kernels import KernelTable, compile_table, unsupported, with_room
+from ..policies import PolicyTable
+from . import environment, metrics, runtime
+from .attach import check_artifacts, check_policies, digests, make_table
+from .definitions import Definition, define
+from .runtime import Layer, Runtime, used_artifacts
+from .statistics import KEY
+
+logger = logging.getLogger(__name__)
+
+PHASE = "moe_routing_reload"
+"""Key of SGLang's update request that makes it ours; its value is a `Phase`."""
+_TOKEN = "moe_routing_token"  # noqa: S105  # a key, not a secret
+_DIGEST = "moe_routing_digest"
+ERROR = "reload_error"
+"""Where a scheduler's internal state says why it did not stage."""
+
+
+class Phase(IntEnum):
+    """What a scheduler is asked to do."""
+
+    STAGE = 1
+    COMMIT = 2
+    DISCARD = 3
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A config that fits this process's model and only has to be taken over."""
+
+    loaded: LoadedConfig
+    artifacts: Mapping[str, SimilarityArtifact]
+    table: Sequence[Definition]
+    layers: Sequence[tuple[Layer, PolicyTable, KernelTable | None]]
+
+
+_lock = asyncio.Lock()
+
+
+async def reload(manager: Any) -> LoadedConfig:
+    """Read the config anew and put it into force. For the HTTP process.
+
+    Args:
+        manager: SGLang's `TokenizerManager`.
+
+    Raises:
+        RoutingError: it cannot be served; nothing has changed.
+    """
+    async with _lock:
+        try:
+            return await _reload(manager)
+        except RoutingError as error:
+            metrics.show_failed_reload()
+            logger.error("routing config not reloaded: %s", error)
+            raise
+
+
+async def _reload(manager: Any) -> LoadedConfig:
+    state = runtime.current()
+    loaded, artifacts = await asyncio.to_thread(_read, state)
+    if not all(await _send(manager, Phase.STAGE, loaded)):
+        await _send(manager, Phase.DISCARD, loaded)
+        states = [reply[KEY] for reply in await manager.get_internal_state()]
+        raise ReloadError("\n".join(dict.fromkeys(s[ERROR] for s in states if s[ERROR])))
+    await _send(manager, Phase.COMMIT, loaded)
+    state.adopt(loaded, artifacts)
+    metrics.show_config(loaded.sha256)
+    logger.info("routing config reloaded: %s", ", ".join(loaded.config.names))
+    return loaded
+
+
+def _read(state: Runtime) -> tuple[LoadedConfig, dict[str, SimilarityArtifact]]:
+    loaded = load_config(state.loaded.path)
+    _refuse_fixed(state.config, loaded)
+    return loaded, used_artifacts(loaded)
+
+
+async def _send(manager: Any, phase: Phase, loaded: LoadedConfig) -> list[bool]:
+    token = int(os.environ[environment.RELOAD_TOKEN])
+    request = {PHASE: int(phase), _TOKEN: token, _DIGEST: _number(loaded.sha256)}
+    replies = await manager.set_internal_state(SetInternalStateReq(server_args=request))
+    return list(replies)
+
+
+def _number(sha256: str) -> int:
+    """What fits into SGLang's update request, which carries numbers only."""
+    return int(sha256[:15], 16)
+
+
+def _refuse_fixed(config: RoutingConfig, loaded: LoadedConfig) -> None:
+    """Raise `ReloadError` if the file changes what buffers, threads and graphs were made for."""
+    new = loaded.config
+    fixed = {
+        "statistics": (config.statistics, new.statistics),
+        "metrics.per_layer": (config.metrics.per_layer, new.metrics.per_layer),
+        "isolation, its set of groups": (config.isolation.groups, new.isolation.groups),
+    }
+    changed = [f"{key}: {old!r} -> {now!r}" for key, (old, now) in fixed.items() if old != now]
+    if changed:
+        raise ReloadError(
+            f"{loaded.path}: cannot change while the server runs: {'; '.join(changed)}; restart it"
+        )
+
+
+class Follower:
+    """A scheduler's part in reloads."""
+
+    def __init__(self) -> None:
+        self.error = ""
+        self._staged: Staged | None = None
+
+    def is_ours(self, request: Mapping[str, int | float]) -> bool:
+        """Whether an update request comes from our own HTTP process.
+
+        SGLang's route for update requests may be open to clients; they do not know the token.
+        """
+        return PHASE in request and str(request.get(_TOKEN)) == os.environ.get(
+            environment.RELOAD_TOKEN
+        )
+
+    def handle(self, request: Mapping[str, int | float], server_args: Any) -> bool:
+        """Do what `request` asks; whether all ranks could."""
+        phase, state = Phase(int(request[PHASE])), runtime.current()
+        if phase is Phase.STAGE:
+            self.error = self._stage(state, int(request[_DIGEST]), server_args)
+            return not self.error
+        staged, self._staged = self._staged, None
+        if phase is Phase.COMMIT and staged is not None:
+            _commit(state, staged)
+        return True
+
+    def _stage(self, state: Runtime, digest: int, server_args: Any) -> str:
+        """Stage on this rank, compare with the others; what is wrong, empty if nothing is."""
+        mine: tuple[str, list[str]]
+        try:
+            staged = _stage(state, digest, server_args)
+            mine = "", digests(staged.loaded, staged.artifacts)
+        except Exception as error:  # noqa: BLE001  # whatever it is, this scheduler keeps serving
+            staged = None
+            known = isinstance(error, RoutingError)
+            mine = (str(error) if known else f"{type(error).__name__}: {error}"), []
+        for rank, (problem, theirs) in enumerate(get_tp_group().all_gather_object(mine)):
+            if problem:
+                return f"tensor-parallel rank {rank}: {problem}" if rank else problem
+            if not mine[0] and theirs != mine[1]:
+                return f"tensor-parallel rank {rank} has read another routing config or artifact"
+        self._staged = staged
+        return mine[0]
+
+
+def _stage(state: Runtime, digest: int, server_args: Any) -> Staged:
+    loaded = load_config(state.loaded.path)
+    if _number(loaded.sha256) != digest:
+        raise ReloadError(f"{loaded.path} differs from what the HTTP process read; reload again")
+    _refuse_fixed(state.config, loaded)
+    artifacts = used_artifacts(loaded)
+    num_experts = {layer.layer_id: layer.num_experts for layer in state.layers}
+    check_artifacts(loaded, artifacts, num_experts, server_args)
+    for layer in state.layers:
+        check_policies(loaded, layer.top_k, layer.num_experts)
+    table = state.ids.with_config(define(loaded, artifacts))
+    layers = [_stage_layer(state, layer, table) for layer in state.layers]
+    return Staged(loaded, artifacts, table, layers)
+
+
+def _stage_layer(
+    state: Runtime, layer: Layer, definitions: Sequence[Definition]
+) -> tuple[Layer, PolicyTable, KernelTable | None]:
+    device = layer.union.device
+    table = make_table(definitions, layer.layer_id, layer.top_k, layer.num_experts, device)
+    where = f"layer {layer.layer_id}"
+    if layer.kernel_table is None:
+        if state.has_graphs:
+            raise ReloadError(f"{where}: captured graphs hold the torch reference; restart")
+        return layer, table, None
+    problem = unsupported(table, layer.router, layer.num_experts, layer.top_k)
+    if problem:
+        raise ReloadError(f"{where}: {problem}, and this server runs kernels; restart it")
+    compiled = compile_table(table)
+    if not state.has_graphs:
+        return layer, table, compiled
+    try:
+        return layer, table, with_room(compiled, layer.kernel_table.room)
+    except KernelError as error:
+        raise ReloadError(
+            f"{state.loaded.path}: {where}: {error} in the captured graphs. Restart, with more "
+            "room under 'reload' if need be; room for policies also frees itself once requests "
+            "under former definitions have ended"
+        ) from None
+
+
+def _commit(state: Runtime, staged: Staged) -> None:
+    is_cuda = state.layers[0].union.is_cuda
+    if is_cuda:
+        torch.cuda.synchronize()  # the step in flight ends under the old tables
+    for layer, table, compiled in staged.layers:
+        layer.table = table
+        if state.has_graphs and layer.kernel_table is not None and compiled is not None:
+            layer.kernel_table.rewrite(compiled)
+        else:
+            layer.kernel_table = compiled
+    if is_cuda:
+        torch.cuda.synchronize()
+    state.adopt(staged.loaded, staged.artifacts, staged.table)

@@ -1,0 +1,104 @@
+"""The rows of one forward as the device sees them, and how many ran under which policy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from ..policies import PAD
+from .definitions import VANILLA_ID, Definition
+
+
+class RowViews:
+    """Policy ids of the rows, in static device buffers that captured graphs read.
+
+    Every isolation group has its own view, in which rows of other groups are padding. Rows without
+    a request (graph padding) are in the group of the first row.
+    """
+
+    def __init__(self, num_groups: int, max_rows: int, device: torch.device) -> None:
+        self.num_groups = num_groups
+        self._max_rows = max_rows
+        self._present: Sequence[int] = range(num_groups)
+        views = num_groups + (num_groups > 1)  # the last one: live rows, all as vanilla
+        self._ids = torch.full((views, max_rows), PAD, dtype=torch.int32, device=device)
+        self._masks = torch.zeros((num_groups, max_rows, 1), dtype=torch.bool, device=device)
+
+    def policy_ids(self, group: int, num_rows: int) -> Tensor:
+        """int32 ``[num_rows]``, `PAD` for rows of other groups and without a request."""
+        return self._ids[group, :num_rows]
+
+    def live(self, num_rows: int) -> Tensor:
+        """int32 ``[num_rows]``: vanilla for every live row, `PAD` for the others."""
+        return self._ids[-1, :num_rows]
+
+    def of_group(self, group: int, num_rows: int) -> Tensor:
+        """bool ``[num_rows, 1]``: rows whose routing the call of `group` decides."""
+        return self._masks[group, :num_rows]
+
+    def groups_to_run(self, *, is_capturing: bool) -> Sequence[int]:
+        """Groups that have rows; a graph is captured for all."""
+        return range(self.num_groups) if is_capturing else self._present
+
+    def write(self, policy_ids: Sequence[int], group_ids: Sequence[int]) -> None:
+        """Take the rows of the next forward. Raises `EngineError` if they are too many."""
+        num_rows = len(policy_ids)
+        if num_rows > self._max_rows:
+            raise EngineError(f"a forward has {num_rows} rows, the policy buffer {self._max_rows}")
+        self._ids.fill_(PAD)
+        host = torch.tensor([policy_ids], dtype=torch.int32)
+        if self.num_groups > 1:
+            host = self._split(host[0], torch.tensor(group_ids, dtype=torch.int32))
+        if self._ids.is_cuda:
+            host = host.pin_memory()  # fresh each step: the copy may outlive this call
+        self._ids[:, :num_rows].copy_(host, non_blocking=True)
+
+    def _split(self, policy_ids: Tensor, group_ids: Tensor) -> Tensor:
+        """Views of the live rows, ``[num_groups + 1, num_rows]``; sets the masks."""
+        groups = torch.arange(self.num_groups, dtype=torch.int32)[:, None]
+        first = int(group_ids[0]) if len(group_ids) else 0
+        mine = groups == group_ids
+        self._present = [g for g in range(self.num_groups) if mine[g].any()] or [first]
+        masks = (groups == first).expand(-1, self._max_rows).clone()
+        masks[:, : len(group_ids)] = mine
+        host = masks[..., None].contiguous()
+        self._masks.copy_(host.pin_memory() if self._ids.is_cuda else host, non_blocking=True)
+        views = torch.where(mine, policy_ids, PAD)
+        return torch.cat([views, torch.full_like(policy_ids, VANILLA_ID)[None]])
+
+
+class RowCounts:
+    """Decode rows by policy, and those whose policy did not act, counted on the host."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.disengaged: Counter[tuple[str, str]] = Counter()
+        """By policy and reason: 'min_rows' or 'max_rows'."""
+
+    def add(
+        self, policy_ids: Sequence[int], group_ids: Sequence[int], table: Sequence[Definition]
+    ) -> None:
+        """Count the rows of one decode step."""
+        num_live = Counter(group_ids)
+        for (policy_id, group), num_rows in Counter(
+            zip(policy_ids, group_ids, strict=True)
+        ).items():
+            name, engage = table[policy_id].name, table[policy_id].policy.engage
+            self.rows[name] += num_rows
+            if num_live[group] < engage.min_rows:
+                self.disengaged[name, "min_rows"] += num_rows
+            elif engage.max_rows is not None and num_live[group] > engage.max_rows:
+                self.disengaged[name, "max_rows"] += num_rows
+
+    def read(self) -> dict[str, dict[str, int]]:
+        """Rows by policy, and those in which it did not act, by reason."""
+        names = sorted(self.rows)
+        return {
+            name: {"rows": self.rows[name]}
+            | {r: self.disengaged[name, r] for r in ("min_rows", "max_rows")}
+            for name in names
+        }

@@ -1,0 +1,135 @@
+"""Isolation groups on the real server: chosen by API key or policy, never by the client."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from sglang_moe_routing import demo
+from tests.recorded import check_call
+
+from .conftest import HEADER, Running
+
+KEYS = {"alice-key": "alice", "bob-key": "bob"}
+OEA = {"kind": "oea", "k0": 2, "p": 1.0, "k_max": None, "max_rank": None}
+POLICIES = {"fast": OEA, "vanilla": {"kind": "vanilla"}}
+
+
+@pytest.fixture(scope="module")
+def isolated(
+    start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    keys = "".join(
+        f"    {hashlib.sha256(key.encode()).hexdigest()}: {group}\n" for key, group in KEYS.items()
+    )
+    path = tmp_path_factory.mktemp("config") / "routing.yaml"
+    path.write_text(
+        "version: 1\npolicies: {fast: {kind: oea, k0: 2}}\nisolation:\n  api_keys:\n" + keys
+    )
+    with start(path) as running:
+        yield running
+
+
+def headers(key: str, policy: str = "fast") -> dict[str, str]:
+    return {HEADER: policy, "Authorization": f"Bearer {key}"}
+
+
+def body(text: str = "The", **custom: Any) -> dict[str, Any]:
+    params = {"max_new_tokens": 10, "temperature": 0, "ignore_eos": True, "custom_params": custom}
+    return {"text": text, "sampling_params": params}
+
+
+def generate_all(url: str, requests: list[tuple[str, str]]) -> list[str]:
+    """Texts of concurrent requests, each an API key and a policy."""
+    prompts = demo.read_prompts()
+
+    async def send_all() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+            return await asyncio.gather(
+                *(
+                    http.post(
+                        "/generate",
+                        json={**body(prompts[i]), "rid": f"{key}-{i}-{id(requests)}"},
+                        headers=headers(key, policy),
+                    )
+                    for i, (key, policy) in enumerate(requests)
+                )
+            )
+
+    answers = asyncio.run(send_all())
+    assert [answer.status_code for answer in answers] == [200] * len(requests)
+    return [answer.json()["text"] for answer in answers]
+
+
+def test_rows_ride_on_their_own_group(isolated: Running) -> None:
+    requests = [(key, policy) for key in KEYS for policy in ("fast", "fast", "fast", "vanilla")]
+    calls = isolated.record(lambda: generate_all(isolated.url, requests))
+    groups: Counter[frozenset[str]] = Counter()
+    for call in calls:
+        check_call(call, POLICIES)  # each group's call obeys the oracle by itself
+        named = zip(call["requests"], call["rows"], strict=True)
+        groups[frozenset(rid.split("-")[0] for rid, row in named if row is not None)] += 1
+    assert set(groups) == {frozenset({"alice"}), frozenset({"bob"})}
+    both = [call for call in calls if len({rid.split("-")[0] for rid in call["requests"]}) == 2]
+    assert both, "the groups never shared a batch"
+
+
+def test_statistics_are_those_of_all_rows_together(isolated: Running) -> None:
+    def read() -> dict[str, Any]:
+        (data,) = isolated.http.get("/v1/moe_routing/statistics").json()["data"]
+        return dict(data)
+
+    before = read()["layers"]
+    requests = [(key, "fast") for key in KEYS for _ in range(4)]
+    calls = isolated.record(lambda: generate_all(isolated.url, requests))
+    after = read()["layers"]
+    for start, end in zip(before, after, strict=True):
+        mine = [call for call in calls if call["layer"] == start["layer"]]
+        rows = sum(row is not None for call in mine for row in call["rows"])
+        assert end["rows"] - start["rows"] == rows
+        active = end["active_experts"] - start["active_experts"]
+        assert active <= sum(len(call["union"]) for call in mine)  # groups may share experts
+        assert active < end["active_experts_base"] - start["active_experts_base"]
+
+
+def test_key_must_be_listed(isolated: Running) -> None:
+    for given in ({}, {"Authorization": "Bearer other"}, {"Authorization": "Basic alice-key"}):
+        answer = isolated.http.post("/generate", json=body(), headers=given)
+        assert answer.status_code == 401, answer.text
+        assert "belongs to no group" in answer.text
+    chat = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    for stream in (False, True):
+        answer = isolated.http.post("/v1/chat/completions", json={**chat, "stream": stream})
+        assert answer.status_code == 401
+    answer = isolated.http.post("/v1/chat/completions", json=chat, headers=headers("bob-key"))
+    assert answer.status_code == 200
+
+
+def test_client_cannot_name_its_group(isolated: Running) -> None:
+    for group in ("bob", "default", "nix", 7):
+        sent = body(moe_routing_group=group)
+        answer = isolated.http.post("/generate", json=sent, headers=headers("alice-key"))
+        assert answer.status_code == 400, answer.text
+        assert "set by the server" in answer.text
+
+
+def test_health_needs_no_key(isolated: Running) -> None:
+    assert isolated.http.get("/health_generate").status_code == 200
+
+
+def test_kv_is_not_shared_between_groups(isolated: Running) -> None:
+    prompt = body("A prompt of its own, long enough to fill several pages of the cache. " * 3)
+
+    def cached(key: str) -> int:
+        answer = isolated.http.post("/generate", json=prompt, headers=headers(key))
+        return int(answer.json()["meta_info"]["cached_tokens"])
+
+    cached("alice-key")
+    assert cached("alice-key") > 0
+    assert cached("bob-key") == 0
