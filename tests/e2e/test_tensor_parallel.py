@@ -1,0 +1,193 @@
+"""Two ranks that share every layer, and two replicas that share nothing but the HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from sglang_moe_routing import demo
+from sglang_moe_routing.evaluation.forced import ForcedDecoder, server_flags
+from sglang_moe_routing.evaluation.measure import Evaluation, Setting, batches
+from sglang_moe_routing.integration import environment
+from sglang_moe_routing.text import load_tokenizer, read_text
+
+from .conftest import HEADER, Running
+from .test_evaluate import (
+    BATCH_SIZE,
+    LOSS,
+    NUM_SEQUENCES,
+    NUM_STEPS,
+    POLICIES,
+    PREFIX_LEN,
+    TEXTS,
+    config_text,
+    parallel_forward,
+)
+from .test_routing import check_all, distinct
+
+TP_FLAGS = ["--tp", "2", "--dtype", "float32", *server_flags(BATCH_SIZE, PREFIX_LEN)]
+
+
+@pytest.fixture(scope="module")
+def parallel(
+    start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """Two tensor-parallel ranks under every kind of policy, ready for `evaluate`."""
+    config = tmp_path_factory.mktemp("config") / "routing.yaml"
+    config.write_text(config_text())
+    with start(config, *TP_FLAGS, **{environment.FORCE: "1"}) as running:
+        yield running
+
+
+def send_all(url: str, policies: Sequence[str]) -> list[httpx.Response]:
+    """One request per policy, all at once; temperature 0, full length."""
+    prompts = demo.read_prompts()
+
+    async def send() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+            return await asyncio.gather(
+                *(
+                    http.post(
+                        "/generate",
+                        json={
+                            "text": prompts[i % len(prompts)],
+                            "sampling_params": {
+                                "max_new_tokens": 12,
+                                "temperature": 0,
+                                "ignore_eos": True,
+                            },
+                        },
+                        headers={HEADER: policy},
+                    )
+                    for i, policy in enumerate(policies)
+                )
+            )
+
+    return asyncio.run(send())
+
+
+def by_process(calls: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Calls of every scheduler process, in its order."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for call in calls:
+        found.setdefault(call["pid"], []).append({k: v for k, v in call.items() if k != "pid"})
+    return list(found.values())
+
+
+def read_counts(running: Running) -> list[dict[str, int]]:
+    """Sums over layers, of every scheduler that answers."""
+    data = running.http.get("/v1/moe_routing/statistics").json()["data"]
+    names = ("calls", "rows", "active_experts", "active_experts_base")
+    return [{name: sum(layer[name] for layer in one["layers"]) for name in names} for one in data]
+
+
+def counts_of(calls: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What the statistics must say of recorded calls."""
+    return {
+        "calls": len(calls),
+        "rows": sum(len(call["rows"]) for call in calls),
+        "active_experts": sum(distinct(call["final_ids"], call["rows"]) for call in calls),
+        "active_experts_base": sum(distinct(call["base_ids"], call["rows"]) for call in calls),
+    }
+
+
+def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - before[name] for name in after}
+
+
+def test_ranks_make_the_same_calls_under_every_kind_of_policy(parallel: Running) -> None:
+    """Same rows, ids and weights, bit for bit; rank 0's counts are those of one rank."""
+    names = list(POLICIES)
+    responses: list[httpx.Response] = []
+    (before,) = read_counts(parallel)
+    calls = parallel.record(lambda: responses.extend(send_all(parallel.url, names)))
+    (after,) = read_counts(parallel)
+    assert [response.headers[HEADER] for response in responses] == names
+    first, second = by_process(calls)
+    assert first == second
+    assert any(set(call["rows"]) == set(names) for call in first)
+    assert difference(after, before) == counts_of(first)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "oea-k2", "sere-s2", "budget-mapped"])
+def test_evaluate_measures_the_same_with_two_ranks(parallel: Running, name: str) -> None:
+    """Losses and T are those of a plain forward of the whole model in one process."""
+    text = read_text(
+        TEXTS,
+        load_tokenizer(demo.MODEL),
+        num_sequences=NUM_SEQUENCES,
+        sequence_length=PREFIX_LEN + 1 + NUM_STEPS,
+        seed=3,
+    )
+    with ForcedDecoder(parallel.url) as decoder:
+        evaluation = Evaluation(decoder, text, PREFIX_LEN)
+        order = batches(text, Setting(BATCH_SIZE), evaluation.seed).flatten()
+        measured = evaluation.measure(name, Setting(BATCH_SIZE))
+    losses, active = parallel_forward(text.token_ids[order], POLICIES[name])
+    assert float((measured.losses[order].mean(dim=1) - losses).abs().max()) < LOSS
+    assert float(measured.active.mean()) == pytest.approx(active, abs=0.1)
+
+
+def test_vanilla_requests_are_bit_identical_to_a_plain_tensor_parallel_server(
+    start: Callable[..., Any], parallel: Running
+) -> None:
+    """Text and log-probabilities, one request at a time."""
+
+    def answers(url: str) -> list[Any]:
+        found = []
+        for prompt in demo.read_prompts()[:4]:
+            body = {
+                "text": prompt,
+                "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            }
+            answer = httpx.post(f"{url}/generate", json=body, timeout=300).json()
+            info = answer["meta_info"]
+            names = ("input_token_logprobs", "output_token_logprobs")
+            found.append((answer["text"], *(info[name] for name in names)))
+        return found
+
+    with start(None, *TP_FLAGS) as plain:
+        expected = answers(plain.url)
+    assert answers(parallel.url) == expected
+
+
+def test_expert_parallel_ranks_route_alike(
+    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray]
+) -> None:
+    """Each rank holds half of the experts whole; ids become local ones after the re-routing."""
+    names = ["vanilla", "oea-k3", "topk-k3", "sere-s2"] * 2
+    responses: list[httpx.Response] = []
+    with start(config, "--tp", "2", "--ep-size", "2") as running:
+        calls = running.record(lambda: responses.extend(send_all(running.url, names)))
+        log = running.server.log.read_text()
+    assert "ep_size=2" in log
+    assert [response.headers[HEADER] for response in responses] == names
+    first, second = by_process(calls)
+    assert first == second
+    check_all([{**call, "requests": None} for call in calls], similarity)
+
+
+def test_replicas_route_and_count_by_themselves(
+    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray]
+) -> None:
+    """Data parallelism without DP attention: own batches, unions and statistics."""
+    names = ["vanilla", "oea-k3", "topk-k3", "sere-s2"] * 4
+    responses: list[httpx.Response] = []
+    with start(config, "--dp-size", "2") as running:
+        before = read_counts(running)
+        calls = running.record(lambda: responses.extend(send_all(running.url, names)))
+        after = read_counts(running)
+    assert [response.headers[HEADER] for response in responses] == names
+    check_all([{**call, "requests": None} for call in calls], similarity)
+    counted = [difference(*pair) for pair in zip(after, before, strict=True)]
+    recorded = [counts_of(replica) for replica in by_process(calls)]
+    assert len(recorded) == 2
+    assert sorted(map(str, counted)) == sorted(map(str, recorded))
