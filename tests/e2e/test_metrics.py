@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_moe_routing.integration.metrics import METRICS, PREFIX, REASONS
+from tests.programs import prometheus
 
 from .conftest import HEADER, Running
 
@@ -31,13 +31,6 @@ policies:
 """
 NUM_LAYERS, TOP_K = 4, 8
 SETTLE_S = 30.0
-
-
-def prometheus(program: str) -> str:
-    found = shutil.which(program)
-    if found is None:
-        pytest.skip(f"{program} is not installed (Debian: apt install prometheus)")
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +177,7 @@ def test_promtool_finds_no_fault(exporting: Running) -> None:
 
 @contextlib.contextmanager
 def running_prometheus(target: str, folder: Path) -> Iterator[str]:
-    program = prometheus("prometheus")
+    program = prometheus()
     config = folder / "prometheus.yml"
     config.write_text(
         "scrape_configs:\n  - job_name: sglang\n    scrape_interval: 1s\n"

@@ -19,6 +19,7 @@ import yaml
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.integration import environment, metrics
 from sglang_moe_routing.kernels import native
+from tests.programs import prometheus
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -104,6 +105,11 @@ def rule_queries() -> Iterator[str]:
     for group in load(RULES)["groups"]:
         for rule in group["rules"]:
             yield rule["expr"]
+
+
+def promtool(*arguments: str | Path) -> None:
+    result = subprocess.run([prometheus("promtool"), *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
@@ -269,7 +275,27 @@ def test_every_metric_of_sglang_exists_there() -> None:
 
 
 def test_the_rule_on_kernels_knows_the_reference_by_its_name() -> None:
-    assert [query for query in rule_queries() if f'kernels="{native.REFERENCE}"' in query]
+    """The label goes on with the reason."""
+    assert [query for query in rule_queries() if f'kernels=~"{native.REFERENCE}.*"' in query]
+
+
+def test_prometheus_accepts_its_config_and_the_rules() -> None:
+    promtool("check", "config", DOCKER / "monitoring/prometheus.yaml")
+
+
+def test_alerts_are_raised_when_they_should_be_and_not_before() -> None:
+    promtool("test", "rules", Path(__file__).with_name("alerts.yaml"))
+
+
+def test_prometheus_parses_every_query_of_the_dashboard(tmp_path: Path) -> None:
+    """As recording rules; Grafana fills in its variables first."""
+    queries = [query for query in dashboard_queries() if not query.startswith("label_values(")]
+    assert len(queries) > 10
+    filled = [query.replace("$__rate_interval", "1m") for query in queries]
+    rules = [{"record": f"query{i}", "expr": query} for i, query in enumerate(filled)]
+    path = tmp_path / "queries.yaml"
+    path.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    promtool("check", "rules", path)
 
 
 def test_no_file_holds_a_key_or_password() -> None:
