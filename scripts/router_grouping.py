@@ -17,7 +17,6 @@ import itertools
 import json
 import random
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from rich.table import Table
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.bench.load import read_counts
-from sglang_moe_routing.bench.server import running_server, stop_server
+from sglang_moe_routing.bench.server import free_port, running_server, stop_server
 from sglang_moe_routing.errors import EngineError
 
 HEADER = "X-Request-Id-MoE-Routing-Policy"
@@ -100,7 +99,7 @@ def running_router(
     Raises:
         EngineError: it ended or did not become ready.
     """
-    port, metrics_port = _free_port(), _free_port()
+    port, metrics_port = free_port(), free_port()
     address = ["--host", "127.0.0.1", "--port", str(port)]
     metrics = ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
     arguments = [*program, "launch", *address, *metrics, "--worker-urls", *workers, *flags]
@@ -128,12 +127,6 @@ def _wait_until_ready(
         time.sleep(0.2)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
     raise EngineError(f"the router did not become ready (status {process.poll()}):\n{tail}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Fleet:

@@ -166,7 +166,7 @@ def running_server(
     Raises:
         EngineError: the server ended or did not become ready; the message holds the log's tail.
     """
-    port = _free_port()
+    port = free_port()
     arguments = [*flags, "--host", "127.0.0.1", "--port", str(port)]
     env = server_environment(config, arguments, cpu=cpu, base={**os.environ, **(environment or {})})
     with log.open("wb") as output:
@@ -218,7 +218,8 @@ def _tail(log: Path, num_lines: int = 25) -> str:
     return "\n".join(own + lines[-num_lines:]) if num_lines > 1 else "".join(lines[-1:])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

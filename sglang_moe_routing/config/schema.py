@@ -74,8 +74,8 @@ class Isolation(StrictModel):
     @cached_property
     def groups(self) -> tuple[str, ...]:
         """All groups; the place of a name is its group id. 'default' is 0."""
-        named = (*self.api_keys.values(), *self.policies.values())
-        return tuple(dict.fromkeys((DEFAULT_GROUP, *named)))
+        named = {*self.api_keys.values(), *self.policies.values()} - {DEFAULT_GROUP}
+        return DEFAULT_GROUP, *sorted(named)
 
 
 class Metrics(StrictModel):
@@ -93,7 +93,8 @@ class Reload(StrictModel):
 
     http: Literal["admin", "open"] = "admin"
     """'admin': POST /moe_routing/reload needs SGLang's --admin-api-key and is refused where there
-    is none. 'open': everybody who may send requests may reload."""
+    is none. 'open': everybody who reaches the server, with SGLang's --api-key if there is one;
+    `isolation.api_keys` do not guard it."""
     policies: Annotated[int, Field(ge=1, le=1024)] = 32
     """Room for policies: those of the file, and former definitions that running requests keep."""
     steps: Annotated[int, Field(ge=1, le=64)] = 1

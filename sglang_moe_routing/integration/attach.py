@@ -82,9 +82,14 @@ def _check_platform(device: torch.device) -> None:
 
 
 def _check_ranks_agree(runtime: Runtime) -> None:
-    """Every tensor-parallel rank must decide alike, also across nodes with their own files."""
+    """Every tensor-parallel rank must decide alike, also across nodes with their own files.
+
+    The main process of each node drew a reload token; those of the first rank's node counts.
+    """
     group, mine = get_tp_group(), digests(runtime.loaded, runtime.artifacts)
-    for rank, theirs in enumerate(group.all_gather_object(mine)):
+    found = group.all_gather_object((mine, os.environ[environment.RELOAD_TOKEN]))
+    os.environ[environment.RELOAD_TOKEN] = found[0][1]
+    for rank, (theirs, _) in enumerate(found):
         if theirs != mine:
             raise EngineError(
                 f"tensor-parallel rank {rank} has another routing config or artifact than rank "

@@ -12,6 +12,8 @@ from ..config import LoadedConfig
 from ..policies import Policy, Vanilla
 
 VANILLA_ID = 0
+CACHE_PREFIX = "moe-routing:"
+"""How every KV cache namespace of ours begins."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,15 @@ def define(
 
 def _cache_key(policy: Policy, artifact: SimilarityArtifact | None) -> str:
     content = policy.model_dump_json() + (artifact.sha256 if artifact else "")
-    return f"moe-routing:{hashlib.sha256(content.encode()).hexdigest()[:16]}|"
+    return f"{CACHE_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}|"
 
 
 class PolicyIds:
     """Gives every definition an id that stays its own as long as a request uses it.
 
-    The place of a definition in `table` is its id. Ids of former definitions are given anew once
-    their last request is gone; vanilla is always `VANILLA_ID`.
+    The place of a definition in `table` is its id; vanilla is always `VANILLA_ID`. Ids of former
+    definitions are given anew by the second reload after, once their last request is gone: between
+    making a table and adopting it, requests still come in under the definitions in force.
     """
 
     def __init__(self, definitions: Sequence[Definition]) -> None:
@@ -80,9 +83,11 @@ class PolicyIds:
 
     def with_config(self, definitions: Sequence[Definition]) -> list[Definition]:
         """The table after a reload: what runs keeps its place, what is new fills the gaps."""
-        wanted = {d.identity for d in definitions}
+        in_force = set(self.of_name.values())
+        wanted = {d.identity for d in definitions[VANILLA_ID + 1 :]}  # gaps look like vanilla
         table: list[Definition | None] = [
-            d if d.identity in wanted or self._users[i] else None for i, d in enumerate(self.table)
+            d if i in in_force or self._users[i] or d.identity in wanted else None
+            for i, d in enumerate(self.table)
         ]
         vanilla = table[VANILLA_ID] = definitions[VANILLA_ID]
         present = {d.identity for d in table if d is not None}

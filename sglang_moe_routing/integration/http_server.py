@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+
+def is_there() -> bool:
+    """Whether this process serves HTTP. It does not in the offline `Engine`."""
+    module = sys.modules.get("sglang.srt.entrypoints.http_server")
+    return module is not None and module._global_state is not None
 
 
 def tokenizer_manager() -> Any:

@@ -8,6 +8,7 @@ the thread that runs the model never waits for them.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from .statistics import COLUMNS
 
 if TYPE_CHECKING:
     from .runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "sglang_moe_routing_"
 REASONS = (
@@ -144,7 +147,7 @@ def start_at_zero(policies: Iterable[str]) -> None:
 
 
 @functools.cache
-def _make(metric: Metric, more_labels: tuple[str, ...] = ()) -> Any:
+def _make(metric: Metric, *more_labels: str) -> Any:
     """The metric of this process, made on first use: its library reads SGLang's environment."""
     from prometheus_client import Counter, Gauge
 
@@ -173,8 +176,12 @@ class Exporter:
             torch.cuda.set_stream(torch.cuda.Stream(self._device))
         while True:
             time.sleep(self._runtime.config.metrics.interval)
-            if self._runtime.has_run:  # graphs are captured before: nobody else may copy then
+            if not self._runtime.has_run or self._runtime.is_capturing:
+                continue  # nobody else may copy while graphs are captured
+            try:
                 self.publish()
+            except Exception:
+                logger.exception("the MoE routing metrics were not brought up to date")
 
     def publish(self) -> None:
         """Add what has been counted since the last time."""
@@ -208,7 +215,8 @@ class Exporter:
     def _add(self, metric: Metric, labels: tuple[str, ...], total: int) -> None:
         key = (metric.name, *labels)
         more = self._labels if not metric.labels else ()
-        counter = _make(metric, more)
+        counter = _make(metric, *more)
         child = counter.labels(*labels) if labels else counter
-        child.inc(total - self._seen.get(key, 0))
+        seen = self._seen.get(key, 0)
+        child.inc(total - seen if total >= seen else total)  # a new capture counts from 0 again
         self._seen[key] = total

@@ -37,6 +37,9 @@ _FLAGS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "PD disaggregation is not verified yet",
     ),
     "tokenizer_worker_num": (lambda n: n > 1, "extra HTTP workers do not load SGLang plugins"),
+    "smg_grpc_mode": (bool, "requests over gRPC pass by the choice of a policy"),
+    "grpc_port": (bool, "requests over gRPC pass by the choice of a policy"),
+    "use_ray": (bool, "schedulers in Ray actors do not load SGLang plugins"),
     "enable_deterministic_inference": (
         bool,
         "batch-aware routing makes outputs depend on the batch by design",

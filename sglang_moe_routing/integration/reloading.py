@@ -73,13 +73,14 @@ async def reload(manager: Any) -> LoadedConfig:
     async with _lock:
         try:
             return await _reload(manager)
-        except RoutingError as error:
+        except Exception as error:
             metrics.show_failed_reload()
             logger.error("routing config not reloaded: %s", error)
             raise
 
 
 async def _reload(manager: Any) -> LoadedConfig:
+    _refuse_distant_replicas(manager.server_args)
     state = runtime.current()
     loaded, artifacts = await asyncio.to_thread(_read, state)
     if not all(await _send(manager, Phase.STAGE, loaded)):
@@ -91,6 +92,15 @@ async def _reload(manager: Any) -> LoadedConfig:
     metrics.show_config(loaded.sha256)
     logger.info("routing config reloaded: %s", ", ".join(loaded.config.names))
     return loaded
+
+
+def _refuse_distant_replicas(server_args: Any) -> None:
+    """Replicas share no process group through which those of other nodes could learn the token."""
+    if server_args.nnodes > 1 and server_args.dp_size > 1:
+        raise ReloadError(
+            f"--dp-size {server_args.dp_size} with --nnodes {server_args.nnodes}: replicas of "
+            "several nodes cannot reload together; restart them"
+        )
 
 
 def _read(state: Runtime) -> tuple[LoadedConfig, dict[str, SimilarityArtifact]]:

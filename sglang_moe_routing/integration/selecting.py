@@ -18,8 +18,7 @@ from ..config import (
 )
 from ..errors import RoutingRequestError
 from ..policies import Vanilla
-from . import metrics, runtime
-from .http_server import is_own_warm_up
+from . import http_server, metrics, runtime
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -94,15 +93,24 @@ def _choose(sampling_params: Any, request: Any) -> Choice:
         body=custom.get(BODY_KEY),
     )
     _refuse_beam_search(sampling_params, policy)
-    if request is None or is_own_warm_up(request):  # the offline engine needs no key either
-        group = config.isolation.policies.get(policy, DEFAULT_GROUP)
+    if _needs_key(request):
+        authorization = request.headers.get("authorization") if request is not None else None
+        group = choose_group(config, policy, authorization)
     else:
-        group = choose_group(config, policy, request.headers.get("authorization"))
+        group = config.isolation.policies.get(policy, DEFAULT_GROUP)
     if custom.get(GROUP_KEY, group) != group:
         raise RoutingRequestError(
             f"custom_params.{GROUP_KEY} is set by the server; leave it out", reason="reserved"
         )
     return Choice(policy, group)
+
+
+def _needs_key(request: Any) -> bool:
+    """Requests of the offline engine and of SGLang's warm-up bring none.
+
+    Where there is an HTTP server, an endpoint without a request object (/v1/realtime) shows no key.
+    """
+    return http_server.is_there() if request is None else not http_server.is_own_warm_up(request)
 
 
 def select_early(sampling_params: Any, request: Any) -> None:

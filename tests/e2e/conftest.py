@@ -61,10 +61,11 @@ def describe(name: str, layer: int, num_live: int) -> dict[str, Any]:
 
 @dataclass
 class Running:
-    """A running server, and the folder that its recorder fills while it exists."""
+    """A running server, the folder that its recorder fills while it exists, and its config."""
 
     server: Server
     records: Path
+    config: Path | None = None
 
     @property
     def url(self) -> str:
@@ -115,7 +116,7 @@ class _running:  # noqa: N801  # used as a context manager function
     def __init__(
         self, folder: Path, config: Path | None, flags: tuple[str, ...], settings: dict[str, str]
     ) -> None:
-        self._records = folder / "records"
+        self._records, self._config = folder / "records", config
         self._context = running_server(
             demo.MODEL,
             config=config,
@@ -130,7 +131,7 @@ class _running:  # noqa: N801  # used as a context manager function
         )
 
     def __enter__(self) -> Running:
-        return Running(self._context.__enter__(), self._records)
+        return Running(self._context.__enter__(), self._records, self._config)
 
     def __exit__(self, *error: Any) -> None:
         self._context.__exit__(*error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
@@ -24,6 +22,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from scripts import similarity_study as study
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import load_artifact
 from sglang_moe_routing.bench.server import running_server
@@ -56,19 +55,6 @@ POLICIES: dict[str, Policy] = {
 LOSS = 2e-3
 """Largest difference of a sequence's mean loss. Float32 kernels round otherwise than torch's, and a
 router that nearly ties may then choose another expert."""
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-study = load_script("similarity_study")
 
 
 def config_text() -> str:

@@ -99,7 +99,8 @@ def generations(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-ROUTES = ("/v1/moe_routing/policies", "/v1/moe_routing/statistics")
+READING = ("/v1/moe_routing/policies", "/v1/moe_routing/statistics")
+RELOAD = "/moe_routing/reload"
 METHODS = ("GET", "GET", "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FOO")
 queries = st.one_of(
     st.just(""),
@@ -111,7 +112,7 @@ queries = st.one_of(
 def readings(draw: st.DrawFn) -> dict[str, Any]:
     """A request to a route of this package."""
     return {
-        "path": draw(st.sampled_from(ROUTES)) + draw(queries),
+        "path": draw(st.sampled_from([*READING, RELOAD])) + draw(queries),
         "method": draw(st.sampled_from(METHODS)),
         "body": draw(st.one_of(st.none(), values)),
         "headers": [
@@ -209,7 +210,8 @@ def test_random_generations(
 
 
 def test_random_readings(served: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    """GET is answered whatever comes with it, every other method is refused."""
+    """Reading is answered whatever comes with it, reloading needs a key that there is not, and
+    every other method is refused."""
     statuses: Counter[int] = Counter()
     before = greedy(served.url)
 
@@ -217,8 +219,10 @@ def test_random_readings(served: Running, capsys: pytest.CaptureFixture[str]) ->
     def run(request: dict[str, Any]) -> None:
         answer = send(served.url, **request)
         statuses[answer.status] += 1
-        expected = (200, 400) if request["method"] == "GET" else (400, 405)
-        assert answer.status in expected, answer.body
+        is_reload = request["path"].startswith(RELOAD)
+        good, of_good = ("POST", 403) if is_reload else ("GET", 200)
+        expected = of_good if request["method"] == good else 405
+        assert answer.status in (expected, 400), answer.body
         assert answer.policy is None
         assert answer.body or request["method"] == "HEAD"
 

@@ -12,6 +12,8 @@ import httpx
 import pytest
 
 from sglang_moe_routing import demo
+from sglang_moe_routing.config import load_config
+from sglang_moe_routing.integration.definitions import define
 from tests.recorded import check_call
 
 from .conftest import HEADER, Running
@@ -133,3 +135,68 @@ def test_kv_is_not_shared_between_groups(isolated: Running) -> None:
     cached("alice-key")
     assert cached("alice-key") > 0
     assert cached("bob-key") == 0
+
+
+def test_clients_own_namespace_is_none_of_ours(isolated: Running) -> None:
+    """`extra_key` separates KV further. It cannot name what another group or policy has written."""
+    (fast,) = (d for d in define(load_config(isolated.config), {}) if d.name == "fast")
+    prompt = "Another prompt, as long as several pages of the cache, and never seen before. " * 3
+
+    def cached(key: str, policy: str, extra_key: str | None) -> int:
+        answer = isolated.http.post(
+            "/generate",
+            json={**body(prompt), "extra_key": extra_key},
+            headers=headers(key, policy),
+        )
+        return int(answer.json()["meta_info"]["cached_tokens"])
+
+    cached("alice-key", "fast", None)
+    assert cached("alice-key", "fast", None) > 0
+    alices = f"{fast.cache_key}alice|"
+    for policy, extra_key in (("fast", "alice|"), ("vanilla", alices), ("vanilla", f"|{alices}")):
+        assert cached("bob-key", policy, extra_key) == 0
+        assert cached("bob-key", policy, extra_key) > 0  # it works as a namespace of the client
+
+
+def test_a_session_keeps_its_group(isolated: Running) -> None:
+    opened = isolated.http.post("/open_session", json={"capacity_of_str_len": 1000}).json()
+
+    def continue_session(key: str, rid: str | None) -> httpx.Response:
+        session = {"id": opened, "rid": rid}
+        sent = {**body("And"), "session_params": session}
+        return isolated.http.post("/generate", json=sent, headers=headers(key))
+
+    first = continue_session("alice-key", None)
+    assert first.status_code == 200, first.text
+    rid = first.json()["meta_info"]["id"]
+    refused = continue_session("bob-key", rid)
+    assert refused.status_code == 400, refused.text
+    assert "isolation group" in refused.text
+    assert continue_session("alice-key", rid).status_code == 200
+
+
+def test_beams_are_in_the_group_of_their_request(isolated: Running) -> None:
+    """The further rows of a beam search have no request of their own."""
+    beam = {**body("Once upon"), "rid": "bob-beam"}
+    beam["sampling_params"] = {"max_new_tokens": 10, "temperature": 0, "beam_width": 3}
+
+    async def send_both() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=isolated.url, timeout=300) as http:
+            return await asyncio.gather(
+                http.post("/generate", json=beam, headers=headers("bob-key", "vanilla")),
+                http.post(
+                    "/generate", json={**body(), "rid": "alice-1"}, headers=headers("alice-key")
+                ),
+            )
+
+    answers: list[httpx.Response] = []
+    calls = isolated.record(lambda: answers.extend(asyncio.run(send_both())))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    rows: Counter[str] = Counter()
+    for call in calls:
+        check_call(call, POLICIES)
+        named = zip(call["requests"], call["rows"], strict=True)
+        (rid,) = {rid for rid, row in named if row is not None}
+        rows[rid] += sum(row is not None for row in call["rows"])
+    assert set(rows) == {"alice-1", "bob-beam"}
+    assert rows["bob-beam"] > 2 * rows["alice-1"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -140,11 +141,26 @@ def test_names_help_and_labels_are_those_promised(exporting: Running) -> None:
         assert families[metric.name].type == metric.kind, metric.name
 
 
-def test_unknown_names_make_no_series(exporting: Running) -> None:
-    before = set(scrape(exporting))
-    for i in range(50):
-        assert generate(exporting, f"made-up-{i}") == 400
-    assert set(scrape(exporting)) == before
+def test_unknown_names_leave_nothing_behind(exporting: Running) -> None:
+    """10,000 of them make no series; what remembered each would show in the process's memory."""
+    process = psutil.Process(exporting.server.process.pid)
+    body = {"text": "The", "sampling_params": {"max_new_tokens": 2}}
+
+    def refuse(names: range) -> int:
+        with exporting.http as http:
+            for number in names:
+                name = f"unknown-{number}"
+                answer = http.post("/generate", json=body, headers={HEADER: name})
+                assert answer.status_code == 400
+                assert repr(name) in answer.text
+        return int(process.memory_info().rss)
+
+    series = set(scrape(exporting))
+    before = refuse(range(500))
+    after = refuse(range(500, 10_500))
+    assert after - before < 16 << 20
+    assert set(scrape(exporting)) == series
+    assert generate(exporting, "fast") == 200
 
 
 def test_reload_is_shown(exporting: Running, path: Path) -> None:

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import load_artifact
+from sglang_moe_routing.bench.server import free_port
 from sglang_moe_routing.integration.recorder import read_records
 from tests.recorded import check_call
 
 from .conftest import HEADER, Running
+from .test_metrics import TOP_K, settled
 
 ADMIN = {"Authorization": "Bearer admin-key"}
+KEY = ("--admin-api-key", "admin-key")
 SIMILARITY = demo.CONFIG.with_name("similarity.safetensors")
 OEA = {"kind": "oea", "p": 1.0, "k_max": None, "max_rank": None}
 
 
 def text(policies: str, more: str = "") -> str:
-    return f"version: 1\nsimilarity: {{demo: {SIMILARITY}}}\n{more}\npolicies: {{{policies}}}\n"
+    always = f"version: 1\nsimilarity: {{demo: {SIMILARITY}}}\nmetrics: {{interval: 0.2}}\n"
+    return f"{always}{more}\npolicies: {{{policies}}}\n"
 
 
 FIRST = text("fast: {kind: oea, k0: 3}, other: {kind: topk, k0: 2}")
@@ -62,7 +70,7 @@ def server(
     """One that decodes eagerly, one that runs SGLang's decode graph runner."""
     path = tmp_path_factory.mktemp("config") / "routing.yaml"
     path.write_text(FIRST)
-    flags = ["--admin-api-key", "admin-key"]
+    flags = [*KEY]
     settings = {}
     if request.param == "graphs":
         flags += ["--enable-torch-compile", "--cuda-graph-backend-prefill", "disabled"]
@@ -73,8 +81,9 @@ def server(
 
 
 @pytest.fixture(autouse=True)
-def _first_config(server: Reloading) -> None:
-    assert server.reload(FIRST).status_code == 200
+def _first_config(request: pytest.FixtureRequest) -> None:
+    for name in {"server", "pair"} & set(request.fixturenames):
+        assert request.getfixturevalue(name).reload(FIRST).status_code == 200
 
 
 def check_k0(calls: list[dict[str, Any]], name: str, k0: int) -> None:
@@ -252,3 +261,117 @@ def test_reload_under_load_loses_no_request(server: Reloading) -> None:
 
     asyncio.run(run())
     assert {"fast", "other", "vanilla"} <= set(finished)
+
+
+# --- several schedulers ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["--tp-size", "--dp-size"])
+def pair(
+    request: Any, start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Reloading]:
+    """Two ranks that share every layer, or two replicas."""
+    path = tmp_path_factory.mktemp("config") / "routing.yaml"
+    path.write_text(FIRST)
+    with start(path, request.param, "2", *KEY, "--enable-metrics") as running:
+        yield Reloading(running, path)
+
+
+def record_both(pair: Reloading) -> list[list[dict[str, Any]]]:
+    """Calls of either scheduler: replicas take turns."""
+    calls = pair.running.record(lambda: [pair.generate("fast") for _ in range(4)])
+    pids = sorted({call["pid"] for call in calls})
+    assert len(pids) == 2
+    return [[call for call in calls if call["pid"] == pid] for pid in pids]
+
+
+@contextlib.contextmanager
+def unable_to_open_files(process: psutil.Process) -> Iterator[None]:
+    used = {int(entry.name) for entry in Path(f"/proc/{process.pid}/fd").iterdir()}
+    lowest_free = next(number for number in itertools.count() if number not in used)
+    limits = process.rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_NOFILE, limits)
+
+
+def test_every_scheduler_reloads_or_none_does(pair: Reloading) -> None:
+    """The second one cannot read the file; then it can."""
+    for calls in record_both(pair):
+        check_k0(calls, "fast", 3)
+    new = text("fast: {kind: oea, k0: 5}, extra: {kind: oea, k0: 1}")
+    family = psutil.Process(pair.running.server.process.pid).children(recursive=True)
+    *_, last = sorted((p for p in family if "scheduler" in p.name()), key=lambda p: p.pid)
+    with unable_to_open_files(last):
+        answer = pair.reload(new)
+    assert answer.status_code == 400
+    assert "Too many open files" in answer.json()["message"]
+    assert pair.policies() == ["vanilla", "fast", "other"]
+    for calls in record_both(pair):
+        check_k0(calls, "fast", 3)
+    answer = pair.reload(new)
+    assert answer.status_code == 200, answer.text
+    assert pair.policies() == ["vanilla", "fast", "extra"]
+    for calls in record_both(pair):
+        check_k0(calls, "fast", 5)
+
+
+def test_metrics_add_replicas_up_and_count_one_rank(pair: Reloading) -> None:
+    for _ in range(4):
+        assert pair.generate("fast").status_code == 200
+    data = pair.running.http.get("/v1/moe_routing/statistics").json()["data"]
+    layers = [layer for scheduler in data for layer in scheduler["layers"]]
+    wanted = {
+        "moe_calls_total": sum(layer["calls"] for layer in layers),
+        "slots_total": sum(layer["rows"] for layer in layers) * TOP_K,
+        "active_experts_total": sum(layer["active_experts"] for layer in layers),
+        "base_active_experts_total": sum(layer["active_experts_base"] for layer in layers),
+    }
+    values = settled(pair.running, lambda now: now["moe_calls_total",] == wanted["moe_calls_total"])
+    assert {name: values[name,] for name in wanted} == wanted
+    assert values["rows_total", "fast"] == sum(s["policies"]["fast"]["rows"] for s in data)
+
+
+# --- several nodes -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nodes(
+    start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Reloading]]:
+    """Two nodes on this machine, a tensor-parallel rank and a copy of the config on each."""
+    paths = [tmp_path_factory.mktemp(f"node{rank}") / "routing.yaml" for rank in range(2)]
+    flags = ["--tp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}"]
+    for path in paths:
+        path.write_text(FIRST)
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        contexts = [
+            start(path, *flags, "--node-rank", str(rank), *KEY) for rank, path in enumerate(paths)
+        ]
+        running = list(pool.map(stack.enter_context, contexts))  # they wait for each other
+        yield [Reloading(*node) for node in zip(running, paths, strict=True)]
+
+
+def test_nodes_reload_together_or_not_at_all(nodes: list[Reloading]) -> None:
+    first, second = nodes
+
+    def check_both(k0: int) -> None:
+        theirs: list[dict[str, Any]] = []
+        mine = first.running.record(
+            lambda: theirs.extend(second.running.record(lambda: first.generate("fast")))
+        )
+        check_k0(mine, "fast", k0)
+        check_k0(theirs, "fast", k0)
+
+    check_both(3)
+    new = text("fast: {kind: oea, k0: 5}")
+    answer = first.reload(new)
+    assert answer.status_code == 400
+    assert f"tensor-parallel rank 1: {second.path} differs from" in answer.json()["message"]
+    check_both(3)
+    second.path.write_text(new)
+    answer = first.reload(new)
+    assert answer.status_code == 200, answer.text
+    check_both(5)

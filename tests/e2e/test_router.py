@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
 
+from scripts import router_grouping as grouping
 from sglang_moe_routing import demo
 
 from .conftest import CONFIG, HEADER, Running
 
-ROOT = Path(__file__).parents[2]
 ROUTER = "SGLANG_ROUTER"
 """Variable that names the router's program, where it is not installed beside this Python."""
 
@@ -36,19 +34,6 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/generate": {"text": "It was", "sampling_params": {"max_new_tokens": 4}},
 }
 TOLERANT = ("--policy", "manual", "--assignment-mode", "min_group", "--disable-circuit-breaker")
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-grouping = load_script("router_grouping")
 
 
 @pytest.fixture(scope="module")

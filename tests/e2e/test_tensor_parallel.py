@@ -167,8 +167,7 @@ def test_expert_parallel_ranks_route_alike(
     responses: list[httpx.Response] = []
     with start(config, "--tp", "2", "--ep-size", "2") as running:
         calls = running.record(lambda: responses.extend(send_all(running.url, names)))
-        log = running.server.log.read_text()
-    assert "ep_size=2" in log
+        assert running.http.get("/server_info").json()["ep_size"] == 2
     assert [response.headers[HEADER] for response in responses] == names
     first, second = by_process(calls)
     assert first == second

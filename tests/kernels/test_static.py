@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from scripts import kernel_figures as script
 from sglang_moe_routing.kernels.native import cuda_home
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_script() -> ModuleType:
-    path = ROOT / "scripts" / "kernel_figures.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # its dataclasses look up their annotations there
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 SASS = {**dict.fromkeys(script.INSTRUCTIONS, 3), "total": 1459}
 KERNEL = script.Kernel(registers=64, spill_bytes=0, stack_bytes=0, shared_bytes=204, sass=SASS)

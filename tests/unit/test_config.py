@@ -171,6 +171,8 @@ PROBLEMS = {
     ),
     "default: a\ndefault: b": "routing.yaml:3: not valid YAML: key 'default' is given twice",
     "default: [": "not valid YAML",
+    "? [a]\n: b": "not valid YAML",
+    "default: 2024-13-45": "not valid YAML",
 }
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,6 +15,7 @@ import pytest
 import typer.main
 import yaml
 
+from scripts import make_reference
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.integration import environment
@@ -92,15 +91,6 @@ def refusals(table: str) -> dict[str, str]:
                 if key is not None
             }
     raise AssertionError(f"{table} is not in refusals.py")
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_architecture_lists_exactly_the_hooked_symbols() -> None:
@@ -213,7 +203,7 @@ def test_commands_in_the_other_documents_exist() -> None:
 
 
 def test_configuration_page_is_fresh() -> None:
-    assert script("make_reference").is_fresh(), "run: python scripts/make_reference.py"
+    assert make_reference.is_fresh(), "run: python scripts/make_reference.py"
 
 
 def test_configuration_page_names_every_variable() -> None:

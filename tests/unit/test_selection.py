@@ -107,6 +107,13 @@ def test_group_of_a_policy() -> None:
     assert choose_group(config, "vanilla", None) == "default"
 
 
+def test_order_of_the_file_does_not_number_groups() -> None:
+    keys = {digest("a"): "one", digest("b"): "two"}
+    backwards = dict(reversed(keys.items()))
+    assert isolated(api_keys=keys).isolation.groups == ("default", "one", "two")
+    assert isolated(api_keys=backwards).isolation.groups == ("default", "one", "two")
+
+
 def test_group_of_an_api_key_wins() -> None:
     config = isolated(api_keys={digest("s3cret"): "tenant"}, policies={"fast": "lossy"})
     for header in ("Bearer s3cret", "bearer s3cret"):

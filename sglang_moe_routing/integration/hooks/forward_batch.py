@@ -7,6 +7,7 @@ device. Rows beyond the requests are beam members, which are always vanilla.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .. import runtime
@@ -34,11 +35,11 @@ def make_plan(batch: Any, batch_size: int) -> Plan | None:
     groups = [getattr(req, GROUP_ID) for req in batch.reqs]
     rids = [req.rid for req in batch.reqs]
     if mode.is_decode():
-        beam_members = batch_size - len(ids)
+        leaders = [e.leader_idx for e in _beams(batch) for _ in range(e.start, e.end)]
         return Plan(
-            policy_ids=ids + [VANILLA_ID] * beam_members,
-            group_ids=groups + [DEFAULT_GROUP_ID] * beam_members,
-            request_ids=rids + [""] * beam_members,
+            policy_ids=ids + [VANILLA_ID] * (batch_size - len(ids)),
+            group_ids=groups + [groups[leader] for leader in leaders],
+            request_ids=rids + [rids[leader] for leader in leaders],
             phase=mode.name,
             is_decode=True,
         )
@@ -65,6 +66,11 @@ def make_plan(batch: Any, batch_size: int) -> Plan | None:
         phase=mode.name,
         is_decode=False,
     )
+
+
+def _beams(batch: Any) -> Sequence[Any]:
+    """Further rows of beam searches, which lie behind those of the requests."""
+    return batch.beam_tail.entries if batch.beam_tail else ()
 
 
 HOOK = Hook(

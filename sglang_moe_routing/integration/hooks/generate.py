@@ -19,10 +19,13 @@ from .. import metrics, runtime
 from ..hooking import Hook
 from ..selecting import Choice, forget_selection, select
 
+OWN_KEYS = (BODY_KEY, GROUP_KEY)
+
 
 def before(self: Any, obj: Any, request: Any = None) -> None:
-    if not isinstance(obj, GenerateReqInput) or _is_health_check(obj):
+    if not isinstance(obj, GenerateReqInput) or _is_health_check(obj, request):
         forget_selection(request)
+        _unmark(obj)
         return
     choices = select(obj.sampling_params, request)
     given = obj.sampling_params
@@ -40,8 +43,18 @@ def _num_prompts(obj: GenerateReqInput) -> int:
     return 1
 
 
-def _is_health_check(obj: GenerateReqInput) -> bool:
-    return isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX)
+def _is_health_check(obj: GenerateReqInput, request: Any) -> bool:
+    is_named_so = isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX)
+    return is_named_so and request is not None and request.url.path.startswith("/health")
+
+
+def _unmark(obj: Any) -> None:
+    """Embeddings choose nothing: what a client calls policy or group must not reach a scheduler."""
+    given = obj.sampling_params
+    for item in given if isinstance(given, list) else [given]:
+        custom = item.get("custom_params") if isinstance(item, dict) else None
+        if isinstance(custom, dict):
+            item["custom_params"] = {k: v for k, v in custom.items() if k not in OWN_KEYS}
 
 
 def _mark(sampling_params: dict[str, Any] | None, choice: Choice) -> dict[str, Any]:

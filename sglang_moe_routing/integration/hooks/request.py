@@ -12,11 +12,11 @@ from typing import Any
 from ...config import BODY_KEY, DEFAULT_GROUP, GROUP_KEY
 from ...errors import RoutingRequestError
 from .. import runtime
-from ..definitions import VANILLA_ID
+from ..definitions import CACHE_PREFIX, VANILLA_ID
 from ..hooking import Hook
 from .forward_batch import DEFAULT_GROUP_ID, GROUP_ID, POLICY_ID
 
-_SESSION_POLICY = "_sglang_moe_routing_policy_id"
+_SESSION = "_sglang_moe_routing_choice"
 
 
 def after(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -28,7 +28,7 @@ def after(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     try:
         policy_id = _policy_id(state, custom.get(BODY_KEY))
         group = _group(state, custom.get(GROUP_KEY, DEFAULT_GROUP))
-        _check_session(self, policy_id)
+        _check_session(self, (policy_id, group))
     except RoutingRequestError as error:
         state.rejections[error.reason] += 1
         self.set_finish_with_abort(str(error))
@@ -36,41 +36,49 @@ def after(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
     setattr(self, POLICY_ID, policy_id)
     setattr(self, GROUP_ID, state.config.isolation.groups.index(group))
     state.ids.use(policy_id, self)
-    key = state.ids.table[policy_id].cache_key
-    if key:  # rows of its group decided about KV that the request writes
-        own = "" if group == DEFAULT_GROUP else f"{group}|"
-        self.extra_key = key + own + (self.extra_key or "")
+    self.extra_key = _namespace(state.ids.table[policy_id].cache_key, group, self.extra_key)
+
+
+def _namespace(cache_key: str, group: str, given: str | None) -> str | None:
+    """Namespace of a request's KV: rows of its group decided about what it writes.
+
+    Args:
+        given: what the client calls its namespace; it must not pass for one of ours.
+    """
+    if cache_key:
+        return f"{cache_key}{group}|{given or ''}"
+    return f"{CACHE_PREFIX}|{given}" if given and given.startswith(CACHE_PREFIX) else given
 
 
 def _policy_id(state: runtime.Runtime, name: object) -> int:
     if name is None:
         name = state.config.default
-    if name not in state.ids.of_name:
+    if not isinstance(name, str) or name not in state.ids.of_name:
         known = ", ".join(state.config.names)
         raise RoutingRequestError(
             f"unknown MoE routing policy {name!r}; available: {known}", reason="unknown"
         )
-    return state.ids.of_name[str(name)]
+    return state.ids.of_name[name]
 
 
 def _group(state: runtime.Runtime, name: object) -> str:
     """The HTTP process named it from the config; anything else comes from a front end of others."""
-    if name not in state.config.isolation.groups:
+    if not isinstance(name, str) or name not in state.config.isolation.groups:
         raise RoutingRequestError(f"unknown isolation group {name!r}", reason="reserved")
-    return str(name)
+    return name
 
 
-def _check_session(req: Any, policy_id: int) -> None:
-    """A session continues on the KV of its earlier requests, so it must keep its policy."""
+def _check_session(req: Any, choice: tuple[int, str]) -> None:
+    """A session continues on the KV of its earlier requests: same policy id, same group."""
     if req.session is None:
         return
-    if getattr(req.session, _SESSION_POLICY, policy_id) != policy_id:
+    if getattr(req.session, _SESSION, choice) != choice:
         raise RoutingRequestError(
             "a session must keep the MoE routing policy of its first request, in the definition "
-            "that it had then; open a new session",
+            "that it had then, and the isolation group; open a new session",
             reason="session",
         )
-    setattr(req.session, _SESSION_POLICY, policy_id)
+    setattr(req.session, _SESSION, choice)
 
 
 HOOK = Hook(

@@ -1,0 +1,69 @@
+"""What the HTTP process makes of SGLang's requests before they reach a scheduler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+pytest.importorskip("sglang")
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
+
+from sglang_moe_routing.config import load_config
+from sglang_moe_routing.integration import runtime
+from sglang_moe_routing.integration.hooks.generate import before
+
+
+@pytest.fixture(autouse=True)
+def _config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "routing.yaml"
+    path.write_text("version: 1\npolicies: {fast: {kind: oea, k0: 3}}\n")
+    monkeypatch.setattr(runtime, "_runtime", None)
+    runtime.start(load_config(path))
+
+
+def request_to(path: str) -> Request:
+    scope = {"type": "http", "path": path, "headers": [], "server": ("host", 80), "scheme": "http"}
+    return Request(scope)
+
+
+def marked(obj: Any, path: str = "/generate") -> Any:
+    before(None, obj, request_to(path))
+    return obj.sampling_params
+
+
+def test_a_request_says_its_policy_the_default_too() -> None:
+    params = marked(GenerateReqInput(text="a", sampling_params={"custom_params": {"own": 1}}))
+    assert params["custom_params"] == {"own": 1, "moe_routing_policy": "vanilla"}
+
+
+def test_every_item_of_a_batch_says_its_own() -> None:
+    items = [{"custom_params": {"moe_routing_policy": "fast"}}, {"top_p": 0.5}]
+    first, second = marked(GenerateReqInput(text=["a", "b"], sampling_params=items))
+    assert first["custom_params"] == {"moe_routing_policy": "fast"}
+    assert second == {"top_p": 0.5, "custom_params": {"moe_routing_policy": "vanilla"}}
+
+
+@pytest.mark.parametrize("value", ["fast", "tenant", ["fast"], 3, None])
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_an_embedding_says_nothing_whatever_the_client_wrote(value: Any, is_batch: bool) -> None:
+    custom = {"moe_routing_policy": value, "moe_routing_group": value, "own": 1}
+    params = {"custom_params": custom}
+    obj = EmbeddingReqInput(text="a", sampling_params=[params] if is_batch else params)
+    after = marked(obj, "/encode")
+    (item,) = after if is_batch else [after]
+    assert item["custom_params"] == {"own": 1}
+
+
+def test_sglangs_health_check_is_left_alone() -> None:
+    rid = f"{HEALTH_CHECK_RID_PREFIX}_1"
+    assert marked(GenerateReqInput(text="a", rid=rid, sampling_params={}), "/health") == {}
+
+
+def test_a_client_that_poses_as_a_health_check_is_marked() -> None:
+    rid = f"{HEALTH_CHECK_RID_PREFIX}_1"
+    params = marked(GenerateReqInput(text="a", rid=rid, sampling_params={}))
+    assert params["custom_params"] == {"moe_routing_policy": "vanilla"}
