@@ -1,12 +1,14 @@
 """What the extension costs per output token where it changes nothing, on the bundled demo model.
 
-Three servers run at once and are measured in turn, in pairs of alternating order:
+Servers run at once and are measured in turn, in pairs of alternating order:
 
-- stock:    SGLang on the portable CPU platform, without routing policies
-- attached: with policies, all requests vanilla; also under oea, to compare with
-- metrics:  the same with --enable-metrics
+- stock:         SGLang on the portable CPU platform, without routing policies
+- stock-metrics: the same with --enable-metrics: what SGLang's own metrics cost
+- attached:      with policies, all requests vanilla
+- counted:       with --enable-metrics, and policies whose experts and rows are counted and exported
+- uncounted:     the same with `statistics: false`
 
-A pair gives one ratio of times per output token, and one of the CPU seconds of the scheduler per
+A pair gives one ratio of times per output token, and one of the CPU time of the scheduler per
 token, which other work on the machine disturbs less. Reported are medians of the ratios with
 bootstrap intervals.
 """
@@ -31,10 +33,20 @@ from sglang_moe_routing.bench.machine import describe_machine
 from sglang_moe_routing.bench.server import Server, running_server
 
 COMPARISONS = {
-    "policies attached, vanilla requests / stock": (("attached", "vanilla"), ("stock", "vanilla")),
-    "metrics on / off, oea-k3 requests": (("metrics", "oea-k3"), ("attached", "oea-k3")),
+    "off": ("policies attached, vanilla requests / stock", "vanilla", "attached", "stock"),
+    "metrics": ("routing metrics on / off, oea-k3 requests", "oea-k3", "counted", "uncounted"),
+    "sglang": ("SGLang's own metrics on / off", "vanilla", "stock-metrics", "stock"),
 }
-FLAGS = {"stock": (), "attached": (), "metrics": ("--enable-metrics",)}
+"""What is compared: title, policy of the requests, and the two servers."""
+
+METRICS = ("--enable-metrics",)
+FLAGS = {
+    "stock": (),
+    "stock-metrics": METRICS,
+    "attached": (),
+    "counted": METRICS,
+    "uncounted": METRICS,
+}
 WARM_UP = 3
 
 
@@ -47,21 +59,21 @@ class Subject:
         (self._scheduler,) = [p for p in children if "scheduler" in " ".join(p.cmdline())]
 
     def measure(self, policy: str, concurrency: int, num_tokens: int) -> dict[str, Any]:
-        """Seconds and CPU seconds per output token, and the texts."""
+        """Milliseconds per output token, CPU nanoseconds per token, and the texts."""
         prompts = demo.read_prompts()
         jobs = [Job(prompts[i % len(prompts)], policy) for i in range(concurrency)]
-        before = self._cpu_seconds()
+        before = self._cpu_ns()
         load = asyncio.run(self._client.run(jobs, max_tokens=num_tokens))
-        used = self._cpu_seconds() - before
+        used = self._cpu_ns() - before
         return {
             "tpot": load.tpot_ms,
             "cpu": used / load.num_tokens,
             "texts": [answer.text for answer in load.answers],
         }
 
-    def _cpu_seconds(self) -> float:
-        times = self._scheduler.cpu_times()
-        return float(times.user + times.system)
+    def _cpu_ns(self) -> int:
+        threads = Path(f"/proc/{self._scheduler.pid}/task").iterdir()
+        return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads)
 
 
 def compare(
@@ -103,44 +115,46 @@ def _interval(ratios: list[float]) -> dict[str, float]:
 
 
 def main(
+    comparisons: Annotated[list[str] | None, typer.Argument(help=", ".join(COMPARISONS))] = None,
     num_pairs: Annotated[int, typer.Option("--pairs")] = 60,
     concurrency: int = 8,
-    num_tokens: int = 48,
+    num_tokens: int = 256,
     output: Path = Path("docs/bench/overhead.json"),
 ) -> None:
-    """Start the servers, compare them, write JSON."""
+    """Start the servers of some comparisons (by default all), compare them, write JSON."""
+    wanted = {name: COMPARISONS[name] for name in comparisons or COMPARISONS}
+    found = json.loads(output.read_text()) if output.exists() else {"comparisons": {}}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        subjects = {
-            name: Subject(
-                stack.enter_context(
-                    running_server(
-                        demo.MODEL,
-                        config=None if name == "stock" else demo.CONFIG,
-                        flags=["--random-seed", "0", "--max-total-tokens", "16384", *flags],
-                        environment={"OMP_NUM_THREADS": "1"},
-                        log=folder / f"{name}.log",
-                        cpu=True,
-                    )
-                )
+        names = {server for _, _, *servers in wanted.values() for server in servers}
+        subjects = {name: Subject(stack.enter_context(running(name, folder))) for name in names}
+        for title, policy, left, right in wanted.values():
+            result = compare(
+                lambda: subjects[left].measure(policy, concurrency, num_tokens),  # noqa: B023
+                lambda: subjects[right].measure(policy, concurrency, num_tokens),  # noqa: B023
+                num_pairs,
             )
-            for name, flags in FLAGS.items()
-        }
-        found = {}
-        for title, sides in COMPARISONS.items():
-            left, right = (
-                lambda side=side: subjects[side[0]].measure(side[1], concurrency, num_tokens)
-                for side in sides
-            )
-            found[title] = compare(left, right, num_pairs)
-            print(title, json.dumps(found[title]), flush=True)
-    result = {
-        "machine": describe_machine(),
-        "concurrency": concurrency,
-        "tokens": num_tokens,
-        "comparisons": found,
-    }
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            title = f"{title}, {concurrency} requests of {num_tokens} tokens at a time"
+            print(title, json.dumps(result), flush=True)
+            found["comparisons"][title] = result
+    found["machine"] = describe_machine()
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def running(name: str, folder: Path) -> contextlib.AbstractContextManager[Server]:
+    """One of the servers."""
+    config = folder / f"{name}.yaml"
+    similarity = demo.CONFIG.with_name("similarity.safetensors")
+    text = demo.CONFIG.read_text().replace(similarity.name, str(similarity))
+    config.write_text(text + ("statistics: false\n" if name == "uncounted" else ""))
+    return running_server(
+        demo.MODEL,
+        config=None if name.startswith("stock") else config,
+        flags=["--random-seed", "0", "--max-total-tokens", "16384", *FLAGS[name]],
+        environment={"OMP_NUM_THREADS": "1"},
+        log=folder / f"{name}.log",
+        cpu=True,
+    )
 
 
 if __name__ == "__main__":

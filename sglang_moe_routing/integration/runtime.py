@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Plan:
     phase: str
     is_decode: bool
 
-    @property
+    @cached_property
     def reroutes(self) -> bool:
         return any(self.policy_ids)
 
@@ -117,6 +118,8 @@ class Runtime:
     plan: Plan | None = None
     is_capturing: bool = False
     has_run: bool = False
+    is_written: bool = False
+    passes_by: bool = False
     num_calls: int = 0
 
     def __post_init__(self) -> None:
@@ -145,7 +148,9 @@ class Runtime:
         groups = self.config.isolation.groups
         self.rows = RowViews(len(groups), max_rows, device)
         if self.config.statistics:
-            self.statistics = Statistics([layer.layer_id for layer in layers], device, len(groups))
+            most = max(layer.num_experts for layer in layers)
+            ids = [layer.layer_id for layer in layers]
+            self.statistics = Statistics(ids, device, most, len(groups))
             self.row_counts = RowCounts()
         self.recorder = Recorder.from_environment(self.ids.table, layers)
 
@@ -153,8 +158,9 @@ class Runtime:
     def forward(self, plan: Plan | None) -> Iterator[None]:
         """Run one forward under `plan`; None where no row can be re-routed."""
         if plan is not None:
-            assert self.rows is not None
-            self.rows.write(plan.policy_ids, plan.group_ids)
+            self.is_written, self.passes_by = False, self._lets_pass(plan)
+            if self.has_graphs:  # a replay asks nobody
+                self._write_rows(plan)
             self.has_run = True
             if plan.is_decode and self.row_counts:
                 self.row_counts.add(plan.policy_ids, plan.group_ids, self.ids.table)
@@ -164,6 +170,13 @@ class Runtime:
             yield
         finally:
             self.plan = previous
+
+    def _write_rows(self, plan: Plan) -> None:
+        """Bring the rows of this forward to the device, once and only if somebody needs them."""
+        assert self.rows is not None
+        if not self.is_written:
+            self.rows.write(plan.policy_ids, plan.group_ids)
+            self.is_written = True
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -208,21 +221,33 @@ class Runtime:
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
                 f"expected {(num_rows, layer.num_experts)}"
             )
-        is_padded = plan is not None and len(plan.policy_ids) < num_rows
-        is_recording = self.recorder is not None and self.recorder.is_on
         counted = self.statistics if plan is None or plan.is_decode else None
-        routed = slice(0, layer.top_k)
-        call = Call(layer, topk_ids[:, routed], topk_weights[:, routed], router_logits)
-        is_vanilla = plan is not None and not (plan.reroutes or is_padded or is_recording)
-        is_grouped = self.rows.num_groups > 1
-        if is_vanilla and (counted is None or layer.kernel_table is None or is_grouped):
+        ids, weights = topk_ids, topk_weights
+        if ids.shape[1] > layer.top_k:
+            ids, weights = ids[:, : layer.top_k], weights[:, : layer.top_k]
+        if self.passes_by and plan is not None and len(plan.policy_ids) == num_rows:
             if counted is not None:
-                counted.count_vanilla(layer.index, call.ids, layer.num_experts)
-        elif is_grouped:
+                counted.count_vanilla(layer.index, ids)
+            return topk_ids, topk_weights
+        if plan is not None:
+            self._write_rows(plan)
+        call = Call(layer, ids, weights, router_logits)
+        if self.rows.num_groups > 1:
             self._reroute_by_group(call, counted)
         else:
             self._reroute_together(call, counted)
         return topk_ids, topk_weights
+
+    def _lets_pass(self, plan: Plan) -> bool:
+        """Whether the calls of a forward need no more than to be counted, if no row is padded.
+
+        On a GPU one kernel counts faster than torch does.
+        """
+        if plan.reroutes or (self.recorder is not None and self.recorder.is_on):
+            return False
+        assert self.rows is not None
+        in_kernel = self.layers[0].kernel_table is not None and self.rows.num_groups == 1
+        return self.statistics is None or self.statistics.defers or not in_kernel
 
     def _reroute_together(self, call: Call, counted: Statistics | None) -> None:
         assert self.rows is not None

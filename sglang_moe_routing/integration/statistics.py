@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..policies import PAD, Rerouted, num_distinct
+from ..policies import PAD, Rerouted
 
 KEY = "moe_routing"
 """Where the counts stand in SGLang's internal state."""
@@ -24,6 +26,7 @@ COLUMNS = (
 """Counts of one layer, in the order in which the kernels add to them."""
 
 
+_DEFERRED_CALLS = 256
 _PARTS = ("groups", "before", "after")
 _PART_OF_COLUMN = ("before", "before", "after", "before", "groups", "groups")
 
@@ -36,10 +39,27 @@ class Statistics:
     With several isolation groups a layer makes one call per group, but active experts are those of
     all rows together. So its sums come in three parts: of the groups' calls, and of a count of all
     rows before and after them.
+
+    Calls that nobody re-routes are counted apart and, on a CPU, many at a time: one by one would
+    take longer there than the policies themselves.
+
+    Args:
+        num_experts: at most, of any layer.
     """
 
-    def __init__(self, layer_ids: Sequence[int], device: torch.device, num_groups: int = 1) -> None:
+    def __init__(
+        self,
+        layer_ids: Sequence[int],
+        device: torch.device,
+        num_experts: int,
+        num_groups: int = 1,
+    ) -> None:
         self._layer_ids = layer_ids
+        self._num_experts = num_experts
+        self.defers = device.type == "cpu"
+        self._vanilla = torch.zeros(len(layer_ids), 3, dtype=torch.int64, device=device)
+        self._pending: deque[tuple[int, Tensor]] = deque()
+        self._settling = threading.Lock()  # the metrics thread reads, too
         self._parts = _PARTS if num_groups > 1 else _PARTS[:1]
         shape = (len(layer_ids), len(self._parts), len(COLUMNS))
         self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -48,16 +68,36 @@ class Statistics:
         """The counts of layer number `index`, int64 ``[6]``, to add to."""
         return self._sums[index, self._parts.index(part)]
 
-    def count_vanilla(self, index: int, topk_ids: Tensor, num_experts: int) -> None:
-        """Count one MoE call that nobody re-routes and that has no padded rows, without kernels."""
-        active = num_distinct(topk_ids, num_experts)
-        num_rows = torch.full_like(active, topk_ids.shape[0])
-        nothing = torch.zeros_like(active)
-        counts = (num_rows.clamp(max=1), num_rows, active, active, nothing, nothing)
-        self._sums[index] += torch.stack(counts)
+    def count_vanilla(self, index: int, topk_ids: Tensor) -> None:
+        """Count one MoE call that nobody re-routes and that has no padded rows.
+
+        `topk_ids` must stay as they are; on a CPU nothing of SGLang's writes to them later.
+        """
+        self._pending.append((index, topk_ids))
+        if not self.defers or len(self._pending) >= _DEFERRED_CALLS:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count the calls that wait for it."""
+        with self._settling:
+            calls = [self._pending.popleft() for _ in range(len(self._pending))]
+            if not calls:
+                return
+            layers, ids = zip(*calls, strict=True)
+            device = self._vanilla.device
+            sizes = torch.tensor([i.numel() for i in ids], device=device)
+            call = torch.arange(len(ids), device=device).repeat_interleave(sizes)
+            used = torch.zeros(len(ids), self._num_experts, dtype=torch.bool, device=device)
+            used[call, torch.cat([i.flatten() for i in ids])] = True
+            num_rows = torch.tensor([len(i) for i in ids], device=device)
+            counts = torch.stack([torch.ones_like(num_rows), num_rows, used.sum(dim=1)], dim=1)
+            self._vanilla.index_add_(0, torch.tensor(layers, device=device), counts)
 
     def reset(self) -> None:
         """Forget everything counted so far."""
+        with self._settling:
+            self._pending.clear()
+            self._vanilla.zero_()
         self._sums.zero_()
 
     def read(self) -> list[dict[str, Any]]:
@@ -69,11 +109,13 @@ class Statistics:
 
     def totals(self) -> Tensor:
         """int64 ``[num_layers, 6]`` on the CPU. Synchronises the current stream."""
+        self._settle()
         sums = self._sums.cpu()
-        if len(self._parts) == 1:
-            return sums[:, 0]
-        parts = [self._parts.index(part) for part in _PART_OF_COLUMN]
-        return sums[:, parts, range(len(COLUMNS))]
+        parts = [part if part in self._parts else _PARTS[0] for part in _PART_OF_COLUMN]
+        totals = sums[:, [self._parts.index(part) for part in parts], range(len(COLUMNS))]
+        calls, rows, active = self._vanilla.cpu().unbind(dim=1)
+        nothing = torch.zeros_like(calls)
+        return totals + torch.stack([calls, rows, active, active, nothing, nothing], dim=1)
 
 
 def count(sums: Tensor, policy_ids: Tensor, outcome: Rerouted) -> None:

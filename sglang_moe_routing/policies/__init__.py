@@ -3,7 +3,7 @@
 from .base import PAD, Count, Engagement, Layers, Parameters, Policy, Rows, Schedule, Similarity
 from .budget import Budget
 from .oea import OEA
-from .reference import Rerouted, num_distinct, reroute
+from .reference import Rerouted, reroute
 from .registry import (
     ENTRY_POINT_GROUP,
     PolicyRegistry,
@@ -39,6 +39,5 @@ __all__ = [
     "build_table",
     "builtin_registry",
     "installed_registry",
-    "num_distinct",
     "reroute",
 ]

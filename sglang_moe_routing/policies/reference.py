@@ -154,8 +154,3 @@ def members(ids: Tensor, num_experts: int) -> Tensor:
     places = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     named = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.bool, device=ids.device)
     return named.scatter_(1, places, True)[:, :num_experts]
-
-
-def num_distinct(ids: Tensor, num_experts: int) -> Tensor:
-    """int64 scalar: how many different experts ``[num_tokens, top_k]`` ids name."""
-    return members(ids, num_experts).any(dim=0).sum()
