@@ -2,6 +2,7 @@
 
     python scripts/soak.py                                          # 30 s at 1, 16, 64 and 256
     python scripts/soak.py --concurrency 64 --seconds 600           # ten minutes at 64
+    python scripts/soak.py --reload-every 5                         # with a reload every 5 s
 
 Starts a server on loopback with a KV pool too small for the load, so that requests are retracted.
 Requests are drawn from a seed: every policy, named in every way, on three endpoints, streamed or
@@ -9,7 +10,9 @@ not, short and long, n = 1 and 2, some given up in mid-stream and some refused. 
 carry the policy it asked for and have every token. Between levels the server must fall idle, hold
 no KV, have all its processes, and have counted the decode rows that the answers imply: exactly,
 where nothing was given up or retracted. While it runs, SGLang checks the accounts and the pages of
-its KV pool after every step. Status 1, with the problems, if anything is wrong.
+its KV pool after every step. With `--reload-every`, the config changes and is reloaded meanwhile:
+every other version asks for one expert more in each `oea` policy and has one policy more. Status 1,
+with the problems, if anything is wrong.
 
 Writes docs/bench/soak.json. Takes levels times seconds and two to three minutes more.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -29,13 +33,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +48,7 @@ from rich.table import Table
 from sglang_moe_routing import demo
 from sglang_moe_routing.bench.machine import describe_machine
 from sglang_moe_routing.bench.server import Server, running_server
+from sglang_moe_routing.config import load_config
 from sglang_moe_routing.errors import EngineError
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "bench" / "soak.json"
@@ -751,16 +757,46 @@ def plan(args: argparse.Namespace) -> Iterator[Phase]:
     yield replace(exact, name="exact, at last")
 
 
+class Reloader:
+    """Changes the config and reloads it, again and again."""
+
+    def __init__(self, http: httpx.AsyncClient, config: Path, every_s: float | None) -> None:
+        self._http, self._config, self._every_s = http, config, every_s
+        self._versions = itertools.cycle(versions(config.read_text()))
+        self.num_done = 0
+        self.problems: list[str] = []
+
+    async def run(self) -> None:
+        while self._every_s is not None:
+            await asyncio.sleep(self._every_s)
+            self._config.write_text(next(self._versions))
+            answer = await self._http.post("/moe_routing/reload")
+            self.num_done += answer.is_success
+            if answer.is_error:
+                self.problems.append(f"reload: status {answer.status_code}: {answer.text}")
+
+
+def versions(text: str) -> tuple[str, str]:
+    """Another version of a config, and the config itself."""
+    tree = yaml.safe_load(text)
+    for policy in tree["policies"].values():
+        if policy["kind"] == "oea" and isinstance(policy["k0"], int):
+            policy["k0"] += 1
+    tree["policies"]["soak-extra"] = {"kind": "topk", "k0": 1}
+    return yaml.safe_dump(tree), text
+
+
 @contextlib.asynccontextmanager
-async def background(watch: Watch) -> AsyncIterator[None]:
-    task = asyncio.create_task(watch.run())
+async def background(*works: Callable[[], Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(work()) for work in works]
     try:
         yield
     finally:
-        task.cancel()
+        for task in tasks:
+            task.cancel()
 
 
-async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+async def soak(server: Server, config: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run every phase, whatever the earlier ones found, until the server is lost."""
     watch = Watch(server)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -768,7 +804,8 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
     warm, warm_s, warm_requests = {}, 0.0, 0
     async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=timeout) as http:
         run = Soak(http, server, watch)
-        async with background(watch):
+        reloader = Reloader(http, config, args.reload_every)
+        async with background(watch.run, reloader.run):
             try:
                 await run.prepare(args.seed, args.policies)
                 for phase in plan(args):
@@ -792,7 +829,8 @@ async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
         "memory": memory,
         "memory_over_time": watch.thinned(),
         "requests_after_warm_up": num_requests,
-        "problems": run.problems + grown,
+        "reloads": reloader.num_done,
+        "problems": run.problems + grown + reloader.problems,
     }
 
 
@@ -852,10 +890,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-total-tokens", type=int, default=4096, help="the KV pool")
     parser.add_argument("--max-running-requests", type=int, default=256)
     parser.add_argument("--max-growth-mib", type=float, default=64.0, help="of every process")
+    parser.add_argument("--reload-every", type=float, help="seconds; never by default")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="keep the server's log here")
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args(arguments)
+
+
+def standing_alone(config: Path) -> str:
+    """Text of a config whose artifacts are found from anywhere, and that may be reloaded."""
+    loaded, tree = load_config(config), yaml.safe_load(config.read_text())
+    tree["reload"] = {"http": "open"}
+    for name, path in loaded.similarity_paths.items():
+        tree["similarity"][name] = str(path)
+    return yaml.safe_dump(tree)
 
 
 def main() -> None:
@@ -864,14 +912,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         log = args.log or Path(scratch) / "server.log"
         console.print("starting the server", style="dim")
+        config = Path(scratch) / "routing.yaml"
+        config.write_text(standing_alone(args.routing_config))
         flags = server_flags(args)
         with running_server(
-            demo.MODEL, config=args.routing_config, flags=flags, environment=STRICT | BOLD, log=log
+            demo.MODEL, config=config, flags=flags, environment=STRICT | BOLD, log=log
         ) as server:
-            result = asyncio.run(soak(server, args))
+            result = asyncio.run(soak(server, config, args))
     settings = {
         name: getattr(args, name)
-        for name in ("seed", "seconds", "warm_up_seconds", "max_requests", "max_growth_mib")
+        for name in (
+            *("seed", "seconds", "warm_up_seconds"),
+            *("max_requests", "max_growth_mib", "reload_every"),
+        )
     } | {"server_flags": flags, "environment": STRICT | BOLD}
     sys.exit(report({"settings": settings, "machine": describe_machine()} | result, args.out))
 

@@ -169,7 +169,7 @@ class Runtime:
         try:
             yield
         finally:
-            self.plan = previous
+            self.plan, self.passes_by = previous, False
 
     def _write_rows(self, plan: Plan) -> None:
         """Bring the rows of this forward to the device, once and only if somebody needs them."""
@@ -216,11 +216,6 @@ class Runtime:
         if plan is None and not self.is_capturing:
             return topk_ids, topk_weights
         self.num_calls += 1
-        if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
-            raise EngineError(
-                f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
-                f"expected {(num_rows, layer.num_experts)}"
-            )
         counted = self.statistics if plan is None or plan.is_decode else None
         ids, weights = topk_ids, topk_weights
         if ids.shape[1] > layer.top_k:
@@ -229,6 +224,11 @@ class Runtime:
             if counted is not None:
                 counted.count_vanilla(layer.index, ids)
             return topk_ids, topk_weights
+        if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
+            raise EngineError(
+                f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
+                f"expected {(num_rows, layer.num_experts)}"
+            )
         if plan is not None:
             self._write_rows(plan)
         call = Call(layer, ids, weights, router_logits)

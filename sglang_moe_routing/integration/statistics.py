@@ -63,10 +63,13 @@ class Statistics:
         self._parts = _PARTS if num_groups > 1 else _PARTS[:1]
         shape = (len(layer_ids), len(self._parts), len(COLUMNS))
         self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._views = {
+            part: self._sums[:, place].unbind() for place, part in enumerate(self._parts)
+        }
 
     def of_layer(self, index: int, part: str = "groups") -> Tensor:
         """The counts of layer number `index`, int64 ``[6]``, to add to."""
-        return self._sums[index, self._parts.index(part)]
+        return self._views[part][index]
 
     def count_vanilla(self, index: int, topk_ids: Tensor) -> None:
         """Count one MoE call that nobody re-routes and that has no padded rows.

@@ -221,6 +221,14 @@ def test_beam_search_under_a_policy_is_a_400(served: Running, stream: bool) -> N
     assert "beam search" in response.text
 
 
+@pytest.mark.parametrize("custom_params", [[1], "oea-k3", 3, True])
+def test_custom_params_that_are_no_object_are_a_400(served: Running, custom_params: Any) -> None:
+    params = {"max_new_tokens": 2, "custom_params": custom_params}
+    response = served.http.post("/generate", json={"text": "The", "sampling_params": params})
+    assert response.status_code == 400
+    assert f"custom_params is {custom_params!r}, expected an object" in response.json()["message"]
+
+
 def test_policies_are_listed(served: Running) -> None:
     listing = served.http.get("/v1/moe_routing/policies").json()
     assert listing["default"] == "vanilla"

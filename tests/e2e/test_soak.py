@@ -43,6 +43,7 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Result of a soak at 4 and 24 concurrent requests, on a pool that 24 overflow."""
     out = tmp_path_factory.mktemp("soak") / "soak.json"
     sizes = ["--concurrency", "4", "24", "--seconds", "15", "--warm-up-seconds", "10"]
+    sizes += ["--reload-every", "4"]
     pool = ["--max-total-tokens", "1024", "--log", str(out.with_name("server.log"))]
     command = [sys.executable, str(SCRIPT), *sizes, *pool, "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -69,6 +70,10 @@ def test_a_short_soak_covers_policies_endpoints_and_retraction(soaked: dict[str,
     assert set(total(soaked, "endpoints")) == set(soak.PATHS)
     assert sum(phase["retractions"] for phase in soaked["phases"]) > 0
     assert any(phase["active_experts"] < phase["active_experts_base"] for phase in soaked["phases"])
+
+
+def test_a_short_soak_reloads_all_the_while(soaked: dict[str, Any]) -> None:
+    assert soaked["reloads"] >= 5
 
 
 def test_a_short_soak_accounts_for_every_decode_row(soaked: dict[str, Any]) -> None:
