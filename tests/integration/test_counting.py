@@ -1,0 +1,87 @@
+"""Steps of vanilla rows are counted many at a time; what is read is exact at any moment."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sglang_moe_routing.integration.runtime import Plan, Runtime
+
+from .test_isolation import IMPLEMENTATIONS, NUM_EXPERTS, TOP_K, make_runtime
+
+NUM_STEPS = 300
+
+
+@pytest.fixture(params=[(i, n) for i in IMPLEMENTATIONS for n in (1, 4)], ids=str)
+def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Runtime:
+    implementation, num_groups = request.param
+    return make_runtime(tmp_path, num_groups, implementation)
+
+
+def step(runtime: Runtime, num_rows: int, shared: int = 0, policy: int = 0) -> Tensor:
+    """A decode step of one layer; the experts that the router chose, ``[num_rows, TOP_K]``."""
+    logits = torch.randn(num_rows, NUM_EXPERTS)
+    weights, ids = logits.softmax(dim=1).topk(TOP_K)
+    columns = torch.full((num_rows, shared), NUM_EXPERTS)
+    ids = torch.cat([ids, columns], dim=1).int()
+    weights = torch.cat([weights, torch.ones_like(columns)], dim=1)
+    before = ids.clone(), weights.clone()
+    plan = Plan([policy] * num_rows, [0] * num_rows, [""] * num_rows, "DECODE", is_decode=True)
+    with runtime.forward(plan):
+        after = runtime.reroute(runtime.layers[0], ids, weights, logits)
+    if policy == 0:
+        assert all(map(torch.equal, after, before))
+    return before[0][:, :TOP_K]
+
+
+def test_vanilla_steps_are_counted_exactly(runtime: Runtime) -> None:
+    """With shared experts beside the routed ones, and readings in between."""
+    calls = rows = active = 0
+    for number in range(NUM_STEPS):
+        ids = step(runtime, 1 + number % 7, shared=number % 2)
+        calls, rows, active = calls + 1, rows + len(ids), active + len(ids.unique())
+        if number % 97 == 0 or number == NUM_STEPS - 1:
+            (counted,) = runtime.statistics.read()
+            assert counted == {
+                "layer": 0,
+                "calls": calls,
+                "rows": rows,
+                "active_experts": active,
+                "active_experts_base": active,
+                "moved_slots": 0,
+                "critical_experts": 0,
+            }
+
+
+def test_vanilla_and_other_steps_add_up(runtime: Runtime) -> None:
+    base = [step(runtime, 5, policy=number % 2) for number in range(20)]
+    (counted,) = runtime.statistics.read()
+    assert (counted["calls"], counted["rows"]) == (20, 100)
+    assert counted["active_experts_base"] == sum(len(ids.unique()) for ids in base)
+    assert counted["active_experts"] < counted["active_experts_base"]
+    runtime.statistics.reset()
+    (counted,) = runtime.statistics.read()
+    assert not any(value for name, value in counted.items() if name != "layer")
+
+
+def test_another_thread_may_read_meanwhile(runtime: Runtime) -> None:
+    """As that of the metrics does: counts never fall, and none is lost."""
+    seen: list[int] = []
+    is_over = threading.Event()
+
+    def read() -> None:
+        while not is_over.is_set():
+            seen.append(runtime.statistics.read()[0]["calls"])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(500):
+        step(runtime, 2)
+    is_over.set()
+    reader.join()
+    assert seen == sorted(seen)
+    assert runtime.statistics.read()[0]["calls"] == 500
