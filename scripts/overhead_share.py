@@ -1,4 +1,4 @@
-"""What share of a scheduler's time this package takes on the bundled demo model.
+"""What share of a scheduler's time this package takes, on the bundled demo model or another.
 
 Samples the scheduler with py-spy (`pip install py-spy`; it may need root), and counts the samples
 whose innermost Python frame is this package's, or SGLang's hook machinery. The experts and products
@@ -67,6 +67,8 @@ def summarize(samples: Path) -> dict[str, Any]:
 
 def main(
     policies: Annotated[list[str] | None, typer.Argument(help="default: vanilla")] = None,
+    model: Path = demo.MODEL,
+    routing_config: Path = demo.CONFIG,
     concurrency: int = 8,
     num_tokens: int = 256,
     seconds: int = 60,
@@ -78,8 +80,8 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         samples = Path(scratch) / "samples"
         with running_server(
-            demo.MODEL,
-            config=demo.CONFIG,
+            model,
+            config=routing_config,
             flags=["--random-seed", "0", "--max-total-tokens", "16384", "--enable-metrics"],
             environment={"OMP_NUM_THREADS": "1"},
             log=Path(scratch) / "log",
@@ -100,7 +102,9 @@ def main(
                         asyncio.run(client.run(jobs, max_tokens=num_tokens))
                 found[policy] = summarize(samples)
                 print(policy, json.dumps(found[policy]), flush=True)
-    result = {"machine": describe_machine(), "concurrency": concurrency, "policies": found}
+    result = json.loads(output.read_text()) if output.exists() else {"models": {}}
+    result["machine"] = describe_machine()
+    result["models"][model.name] = {"concurrency": concurrency, "policies": found}
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
