@@ -770,7 +770,11 @@ class Reloader:
         while self._every_s is not None:
             await asyncio.sleep(self._every_s)
             self._config.write_text(next(self._versions))
-            answer = await self._http.post("/moe_routing/reload")
+            try:
+                answer = await self._http.post("/moe_routing/reload")
+            except httpx.HTTPError as error:
+                self.problems.append(f"reload: {error!r}")
+                continue
             self.num_done += answer.is_success
             if answer.is_error:
                 self.problems.append(f"reload: status {answer.status_code}: {answer.text}")

@@ -96,12 +96,14 @@ class Reload(StrictModel):
     is none. 'open': everybody who reaches the server, with SGLang's --api-key if there is one;
     `isolation.api_keys` do not guard it."""
     policies: Annotated[int, Field(ge=1, le=1024)] = 32
-    """Room for policies: those of the file, and former definitions that running requests keep."""
+    """Room for policies: those of the file, those of the file before it, and former definitions
+    that running requests keep. At least what the file at start-up needs twice."""
     steps: Annotated[int, Field(ge=1, le=64)] = 1
     """Room for numbers of live rows at which some policy changes (engagement, schedules), counted
-    over all policies, plus one. What the file needs at start-up is always there."""
+    over all policies, plus one. At least what the file at start-up needs twice."""
     artifacts: Annotated[int, Field(ge=0, le=64)] = 1
-    """Room for further similarity artifacts beside those that are used at start-up."""
+    """Room for further similarity artifacts beside those that are used at start-up. At least as
+    many again."""
 
 
 class RoutingConfig(StrictModel):

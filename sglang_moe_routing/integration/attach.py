@@ -215,15 +215,18 @@ def make_table(
 
 
 def _compile(runtime: Runtime, table: PolicyTable) -> KernelTable:
-    """Captured graphs keep the addresses of a table, so that it cannot grow later."""
+    """Captured graphs keep the addresses of a table, so that it cannot grow later.
+
+    It holds what the file needs twice: a reload puts its definitions beside those in force.
+    """
     compiled, reload = compile_table(table), runtime.config.reload
     if not runtime.has_graphs:
         return compiled
     needed = compiled.room
     room = Room(
-        policies=max(needed.policies, reload.policies),
-        steps=max(needed.steps, reload.steps),
-        artifacts=needed.artifacts + reload.artifacts,
+        policies=max(2 * needed.policies - 1, reload.policies),
+        steps=max(2 * needed.steps - 1, reload.steps),
+        artifacts=needed.artifacts + max(needed.artifacts, reload.artifacts),
     )
     return with_room(compiled, room)
 

@@ -20,7 +20,10 @@ def tokenizer_manager() -> Any:
 
 
 def is_own_warm_up(request: Any) -> bool:
-    """Whether a request is SGLang's warm-up: sent to itself before it is up, without a key."""
+    """Whether a request is SGLang's warm-up: its own, before it is up, without a key."""
+    if tokenizer_manager().server_status.name != "Starting":
+        return False
+    if request is None:
+        return True
     client, server = request.scope.get("client"), request.scope.get("server")
-    is_own = bool(client and server and client[0] == server[0])
-    return is_own and tokenizer_manager().server_status.name == "Starting"
+    return bool(client and server and client[0] == server[0])

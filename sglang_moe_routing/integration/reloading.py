@@ -217,9 +217,10 @@ def _stage_layer(
         return layer, table, with_room(compiled, layer.kernel_table.room)
     except KernelError as error:
         raise ReloadError(
-            f"{state.loaded.path}: {where}: {error} in the captured graphs. Restart, with more "
-            "room under 'reload' if need be; room for policies also frees itself once requests "
-            "under former definitions have ended"
+            f"{state.loaded.path}: {where}: {error} in the captured graphs, which hold what is in "
+            "force as well. Change less at a time, or restart, with more room under 'reload' if "
+            "need be; room of former definitions frees itself with the next reload after their "
+            "last request"
         ) from None
 
 

@@ -216,6 +216,11 @@ class Runtime:
         if plan is None and not self.is_capturing:
             return topk_ids, topk_weights
         self.num_calls += 1
+        if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
+            raise EngineError(
+                f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
+                f"expected {(num_rows, layer.num_experts)}"
+            )
         counted = self.statistics if plan is None or plan.is_decode else None
         ids, weights = topk_ids, topk_weights
         if ids.shape[1] > layer.top_k:
@@ -224,11 +229,6 @@ class Runtime:
             if counted is not None:
                 counted.count_vanilla(layer.index, ids)
             return topk_ids, topk_weights
-        if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
-            raise EngineError(
-                f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
-                f"expected {(num_rows, layer.num_experts)}"
-            )
         if plan is not None:
             self._write_rows(plan)
         call = Call(layer, ids, weights, router_logits)
@@ -243,7 +243,7 @@ class Runtime:
 
         On a GPU one kernel counts faster than torch does.
         """
-        if plan.reroutes or (self.recorder is not None and self.recorder.is_on):
+        if plan.reroutes or self.is_recording:
             return False
         assert self.rows is not None
         in_kernel = self.layers[0].kernel_table is not None and self.rows.num_groups == 1
@@ -252,13 +252,15 @@ class Runtime:
     def _reroute_together(self, call: Call, counted: Statistics | None) -> None:
         assert self.rows is not None
         policy_ids = self.rows.policy_ids(0, call.num_rows)
-        before = call.clone() if self.recorder and self.recorder.is_on else call
+        before = call.clone() if self.is_recording else None
         union = self._run(call, policy_ids, _sums(counted, call.layer))
-        self._record(policy_ids, before, call, union)
+        if before is not None:
+            self._record(policy_ids, before, call, union)
 
     def _reroute_by_group(self, call: Call, counted: Statistics | None) -> None:
         """One pass per isolation group, in which the rows of the other groups are padding."""
         assert self.rows is not None
+        is_recording = self.is_recording
         before, live = call.clone(), self.rows.live(call.num_rows)
         if counted is not None:  # T is a matter of all rows together: count them as vanilla
             self._run(before.clone(), live, _sums(counted, call.layer, "before"))
@@ -266,21 +268,27 @@ class Runtime:
             policy_ids = self.rows.policy_ids(group, call.num_rows)
             mine = before.clone()
             union = self._run(mine, policy_ids, _sums(counted, call.layer))
-            self._record(policy_ids, before, mine, union)
+            if is_recording:
+                self._record(policy_ids, before, mine, union)
             call.take(self.rows.of_group(group, call.num_rows), mine)
         if counted is not None:
             self._run(call.clone(), live, _sums(counted, call.layer, "after"))
 
+    @property
+    def is_recording(self) -> bool:
+        """Ask once per call: it may change at any time."""
+        return self.recorder is not None and self.recorder.is_on
+
     def _record(self, policy_ids: Tensor, before: Call, after: Call, union: Tensor) -> None:
-        if self.recorder and self.recorder.is_on:
-            self.recorder.record(
-                after.layer,
-                self.plan,
-                policy_ids,
-                after.router_logits,
-                (before.ids, before.weights),
-                (after.ids, after.weights, union),
-            )
+        assert self.recorder is not None
+        self.recorder.record(
+            after.layer,
+            self.plan,
+            policy_ids,
+            after.router_logits,
+            (before.ids, before.weights),
+            (after.ids, after.weights, union),
+        )
 
     def _run(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
         """Re-route `call` in place, add to `sums`; the union."""

@@ -110,7 +110,7 @@ def _needs_key(request: Any) -> bool:
 
     Where there is an HTTP server, an endpoint without a request object (/v1/realtime) shows no key.
     """
-    return http_server.is_there() if request is None else not http_server.is_own_warm_up(request)
+    return http_server.is_there() and not http_server.is_own_warm_up(request)
 
 
 def select_early(sampling_params: Any, request: Any) -> None:

@@ -76,9 +76,20 @@ class Statistics:
 
         `topk_ids` must stay as they are; on a CPU nothing of SGLang's writes to them later.
         """
+        if not self.defers:
+            self._count_now(self._vanilla[index], topk_ids)
+            return
         self._pending.append((index, topk_ids))
-        if not self.defers or len(self._pending) >= _DEFERRED_CALLS:
+        if len(self._pending) >= _DEFERRED_CALLS:
             self._settle()
+
+    def _count_now(self, counts: Tensor, topk_ids: Tensor) -> None:
+        """On the stream of the call, without waiting for it."""
+        used = torch.zeros(self._num_experts, dtype=torch.bool, device=topk_ids.device)
+        used.index_fill_(0, topk_ids.flatten().long(), True)
+        counts[0] += 1
+        counts[1] += len(topk_ids)
+        counts[2] += used.sum()
 
     def _settle(self) -> None:
         """Count the calls that wait for it."""

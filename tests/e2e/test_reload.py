@@ -37,7 +37,8 @@ def text(policies: str, more: str = "") -> str:
     return f"{always}{more}\npolicies: {{{policies}}}\n"
 
 
-FIRST = text("fast: {kind: oea, k0: 3}, other: {kind: topk, k0: 2}")
+OTHER = "other: {{kind: topk, k0: 2, engage: {{min_rows: {}}}}}"
+FIRST = text(f"fast: {{kind: oea, k0: 3}}, {OTHER.format(2)}")
 
 
 class Reloading:
@@ -103,6 +104,16 @@ def test_new_definition_is_in_force(server: Reloading) -> None:
     gone = server.generate("other")
     assert gone.status_code == 400
     assert "unknown MoE routing policy 'other'" in gone.text
+
+
+def test_numbers_of_live_rows_may_change_again_and_again(server: Reloading) -> None:
+    """Captured graphs have room for the former ones and the new ones."""
+    for min_rows in (3, 4, 5):
+        answer = server.reload(text(f"fast: {{kind: oea, k0: 3}}, {OTHER.format(min_rows)}"))
+        assert answer.status_code == 200, answer.text
+    calls = server.running.record(lambda: server.generate("other"))
+    for call in calls:
+        check_call(call, {"other": {"kind": "vanilla"}})
 
 
 def test_artifact_may_come_with_a_reload(server: Reloading) -> None:

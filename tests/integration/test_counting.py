@@ -1,4 +1,4 @@
-"""Steps of vanilla rows are counted many at a time; what is read is exact at any moment."""
+"""Steps of vanilla rows are counted many at a time, or at once as on a GPU, and exactly."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from .test_isolation import IMPLEMENTATIONS, NUM_EXPERTS, TOP_K, make_runtime
 NUM_STEPS = 300
 
 
-@pytest.fixture(params=[(i, n) for i in IMPLEMENTATIONS for n in (1, 4)], ids=str)
+CASES = [(i, n, True) for i in IMPLEMENTATIONS for n in (1, 4)]
+
+
+@pytest.fixture(params=[*CASES, ("torch", 1, False)], ids=str)
 def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> Runtime:
-    implementation, num_groups = request.param
-    return make_runtime(tmp_path, num_groups, implementation)
+    implementation, num_groups, defers = request.param
+    runtime = make_runtime(tmp_path, num_groups, implementation)
+    runtime.statistics.defers = defers
+    return runtime
 
 
 def step(runtime: Runtime, num_rows: int, shared: int = 0, policy: int = 0) -> Tensor:

@@ -25,9 +25,9 @@ def _config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.start(load_config(path))
 
 
-def request_to(path: str) -> Request:
+def request_to(path: str, root_path: str = "") -> Request:
     scope = {"type": "http", "path": path, "headers": [], "server": ("host", 80), "scheme": "http"}
-    return Request(scope)
+    return Request({**scope, "root_path": root_path})
 
 
 def marked(obj: Any, path: str = "/generate") -> Any:
@@ -58,9 +58,11 @@ def test_an_embedding_says_nothing_whatever_the_client_wrote(value: Any, is_batc
     assert item["custom_params"] == {"own": 1}
 
 
-def test_sglangs_health_check_is_left_alone() -> None:
-    rid = f"{HEALTH_CHECK_RID_PREFIX}_1"
-    assert marked(GenerateReqInput(text="a", rid=rid, sampling_params={}), "/health") == {}
+@pytest.mark.parametrize("root_path", ["", "/sgl"])
+def test_sglangs_health_check_is_left_alone(root_path: str) -> None:
+    obj = GenerateReqInput(text="a", rid=f"{HEALTH_CHECK_RID_PREFIX}_1", sampling_params={})
+    before(None, obj, request_to(f"{root_path}/health", root_path))
+    assert obj.sampling_params == {}
 
 
 def test_a_client_that_poses_as_a_health_check_is_marked() -> None:

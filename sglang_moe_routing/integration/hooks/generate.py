@@ -44,8 +44,10 @@ def _num_prompts(obj: GenerateReqInput) -> int:
 
 
 def _is_health_check(obj: GenerateReqInput, request: Any) -> bool:
-    is_named_so = isinstance(obj.rid, str) and obj.rid.startswith(HEALTH_CHECK_RID_PREFIX)
-    return is_named_so and request is not None and request.url.path.startswith("/health")
+    if request is None or not isinstance(obj.rid, str):
+        return False
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    return obj.rid.startswith(HEALTH_CHECK_RID_PREFIX) and path.startswith("/health")
 
 
 def _unmark(obj: Any) -> None:
