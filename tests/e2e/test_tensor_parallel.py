@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sglang_moe_routing.evaluation.measure import Evaluation, Setting, batches
 from sglang_moe_routing.integration import environment
 from sglang_moe_routing.text import load_tokenizer, read_text
 
-from .conftest import HEADER, Running
+from .conftest import Running
 from .test_evaluate import (
     BATCH_SIZE,
     LOSS,
@@ -29,7 +28,7 @@ from .test_evaluate import (
     config_text,
     parallel_forward,
 )
-from .test_routing import check_all, distinct
+from .test_routing import check_all, distinct, generate_all
 
 TP_FLAGS = ["--tp", "2", "--dtype", "float32", *server_flags(BATCH_SIZE, PREFIX_LEN)]
 
@@ -45,31 +44,12 @@ def parallel(
         yield running
 
 
-def send_all(url: str, policies: Sequence[str]) -> list[httpx.Response]:
-    """One request per policy, all at once; temperature 0, full length."""
-    prompts = demo.read_prompts()
-
-    async def send() -> list[httpx.Response]:
-        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-            return await asyncio.gather(
-                *(
-                    http.post(
-                        "/generate",
-                        json={
-                            "text": prompts[i % len(prompts)],
-                            "sampling_params": {
-                                "max_new_tokens": 12,
-                                "temperature": 0,
-                                "ignore_eos": True,
-                            },
-                        },
-                        headers={HEADER: policy},
-                    )
-                    for i, policy in enumerate(policies)
-                )
-            )
-
-    return asyncio.run(send())
+def record_mixed(running: Running, policies: Sequence[str]) -> list[dict[str, Any]]:
+    """Calls while one request per policy runs, all at once; each must say that it followed it."""
+    answers: list[dict[str, Any]] = []
+    calls = running.record(lambda: answers.extend(generate_all(running.url, policies)))
+    assert [answer["meta_info"]["moe_routing_policy"] for answer in answers] == list(policies)
+    return calls
 
 
 def by_process(calls: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -104,11 +84,9 @@ def difference(after: dict[str, int], before: dict[str, int]) -> dict[str, int]:
 def test_ranks_make_the_same_calls_under_every_kind_of_policy(parallel: Running) -> None:
     """Same rows, ids and weights, bit for bit; rank 0's counts are those of one rank."""
     names = list(POLICIES)
-    responses: list[httpx.Response] = []
     (before,) = read_counts(parallel)
-    calls = parallel.record(lambda: responses.extend(send_all(parallel.url, names)))
+    calls = record_mixed(parallel, names)
     (after,) = read_counts(parallel)
-    assert [response.headers[HEADER] for response in responses] == names
     first, second = by_process(calls)
     assert first == second
     assert any(set(call["rows"]) == set(names) for call in first)
@@ -164,14 +142,12 @@ def test_expert_parallel_ranks_route_alike(
 ) -> None:
     """Each rank holds half of the experts whole; ids become local ones after the re-routing."""
     names = ["vanilla", "oea-k3", "topk-k3", "sere-s2"] * 2
-    responses: list[httpx.Response] = []
     with start(config, "--tp", "2", "--ep-size", "2") as running:
-        calls = running.record(lambda: responses.extend(send_all(running.url, names)))
+        calls = record_mixed(running, names)
         assert running.http.get("/server_info").json()["ep_size"] == 2
-    assert [response.headers[HEADER] for response in responses] == names
     first, second = by_process(calls)
     assert first == second
-    check_all([{**call, "requests": None} for call in calls], similarity)
+    check_all(calls, similarity)
 
 
 def test_replicas_route_and_count_by_themselves(
@@ -179,13 +155,11 @@ def test_replicas_route_and_count_by_themselves(
 ) -> None:
     """Data parallelism without DP attention: own batches, unions and statistics."""
     names = ["vanilla", "oea-k3", "topk-k3", "sere-s2"] * 4
-    responses: list[httpx.Response] = []
     with start(config, "--dp-size", "2") as running:
         before = read_counts(running)
-        calls = running.record(lambda: responses.extend(send_all(running.url, names)))
+        calls = record_mixed(running, names)
         after = read_counts(running)
-    assert [response.headers[HEADER] for response in responses] == names
-    check_all([{**call, "requests": None} for call in calls], similarity)
+    check_all(calls, similarity)
     counted = [difference(*pair) for pair in zip(after, before, strict=True)]
     recorded = [counts_of(replica) for replica in by_process(calls)]
     assert len(recorded) == 2
