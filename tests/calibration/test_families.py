@@ -24,7 +24,9 @@ Tiny = Callable[[str], Path]
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=TOLERANCE)
+    """Within 1e-5; of the value where it is above 1, as `routed` and `joint` may be."""
+    scale = expected.double().abs().clamp_min(1)
+    torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("metric", direct.METRICS)
@@ -54,7 +56,7 @@ def test_small_blocks_of_tokens_give_the_same(
     monkeypatch.setattr(metrics, "BLOCK_BYTES", 7 * 16 * 64 * 4)  # 7 tokens
     calibration(folder, cut, metric).run()
     for layer, matrix in load_artifact(whole).matrices.items():
-        torch.testing.assert_close(load_artifact(cut).matrices[layer], matrix, rtol=0, atol=1e-6)
+        assert_close(load_artifact(cut).matrices[layer], matrix)
 
 
 @pytest.mark.parametrize("metric", ["weights", "router"])
@@ -105,7 +107,7 @@ def test_weights_do_not_depend_on_the_order_of_neurons(tiny: Tiny, tmp_path: Pat
         out = tmp_path / f"{source.name}.safetensors"
         calibration(source, out, "weights").run()
         found.append(load_artifact(out))
-    torch.testing.assert_close(found[0].matrices[1], found[1].matrices[1], rtol=0, atol=1e-6)
+    assert_close(found[0].matrices[1], found[1].matrices[1])
     assert found[0].fingerprint != found[1].fingerprint
 
 
