@@ -119,7 +119,7 @@ class Runtime:
     is_capturing: bool = False
     has_run: bool = False
     is_written: bool = False
-    passes_by: bool = False
+    passed: list[tuple[int, Tensor]] | None = None
     num_calls: int = 0
 
     def __post_init__(self) -> None:
@@ -149,8 +149,8 @@ class Runtime:
         self.rows = RowViews(len(groups), max_rows, device)
         if self.config.statistics:
             most = max(layer.num_experts for layer in layers)
-            ids = [layer.layer_id for layer in layers]
-            self.statistics = Statistics(ids, device, most, len(groups))
+            sizes = [(layer.layer_id, layer.top_k) for layer in layers]
+            self.statistics = Statistics(sizes, device, most, len(groups))
             self.row_counts = RowCounts()
         self.recorder = Recorder.from_environment(self.ids.table, layers)
 
@@ -158,18 +158,21 @@ class Runtime:
     def forward(self, plan: Plan | None) -> Iterator[None]:
         """Run one forward under `plan`; None where no row can be re-routed."""
         if plan is not None:
-            self.is_written, self.passes_by = False, self._lets_pass(plan)
+            self.is_written = False
             if self.has_graphs:  # a replay asks nobody
                 self._write_rows(plan)
             self.has_run = True
             if plan.is_decode and self.row_counts:
                 self.row_counts.add(plan.policy_ids, plan.group_ids, self.ids.table)
+            self.passed = [] if self._lets_pass(plan) else None
         previous, self.plan = self.plan, plan
         self.num_calls = 0
         try:
             yield
+            if self.passed and self.statistics:
+                self.statistics.count_vanilla(self.passed)
         finally:
-            self.plan, self.passes_by = previous, False
+            self.plan, self.passed = previous, None
 
     def _write_rows(self, plan: Plan) -> None:
         """Bring the rows of this forward to the device, once and only if somebody needs them."""
@@ -207,15 +210,18 @@ class Runtime:
 
     def reroute(
         self, layer: Layer, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> None:
         """Re-route the routed columns of one MoE call, in place.
 
         Shared-expert columns stay untouched.
         """
         plan, num_rows = self.plan, topk_ids.shape[0]
         if plan is None and not self.is_capturing:
-            return topk_ids, topk_weights
+            return
         self.num_calls += 1
+        if self.passed is not None and plan is not None and len(plan.policy_ids) == num_rows:
+            self.passed.append((layer.index, topk_ids))
+            return
         if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
             raise EngineError(
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
@@ -225,10 +231,6 @@ class Runtime:
         ids, weights = topk_ids, topk_weights
         if ids.shape[1] > layer.top_k:
             ids, weights = ids[:, : layer.top_k], weights[:, : layer.top_k]
-        if self.passes_by and plan is not None and len(plan.policy_ids) == num_rows:
-            if counted is not None:
-                counted.count_vanilla(layer.index, ids)
-            return topk_ids, topk_weights
         if plan is not None:
             self._write_rows(plan)
         call = Call(layer, ids, weights, router_logits)
@@ -236,18 +238,11 @@ class Runtime:
             self._reroute_by_group(call, counted)
         else:
             self._reroute_together(call, counted)
-        return topk_ids, topk_weights
 
     def _lets_pass(self, plan: Plan) -> bool:
-        """Whether the calls of a forward need no more than to be counted, if no row is padded.
-
-        On a GPU one kernel counts faster than torch does.
-        """
-        if plan.reroutes or self.is_recording:
-            return False
-        assert self.rows is not None
-        in_kernel = self.layers[0].kernel_table is not None and self.rows.num_groups == 1
-        return self.statistics is None or self.statistics.defers or not in_kernel
+        """Whether the calls of a forward need no more than to be counted, if no row is padded."""
+        counts_later = self.statistics is None or self.statistics.defers
+        return counts_later and not plan.reroutes and not self.is_recording
 
     def _reroute_together(self, call: Call, counted: Statistics | None) -> None:
         assert self.rows is not None

@@ -26,7 +26,7 @@ COLUMNS = (
 """Counts of one layer, in the order in which the kernels add to them."""
 
 
-_DEFERRED_CALLS = 256
+_DEFERRED_STEPS = 64
 _PARTS = ("groups", "before", "after")
 _PART_OF_COLUMN = ("before", "before", "after", "before", "groups", "groups")
 
@@ -40,28 +40,29 @@ class Statistics:
     all rows together. So its sums come in three parts: of the groups' calls, and of a count of all
     rows before and after them.
 
-    Calls that nobody re-routes are counted apart and, on a CPU, many at a time: one by one would
+    On a CPU, steps that nobody re-routes are counted apart and many at a time: call by call would
     take longer there than the policies themselves.
 
     Args:
+        layers: layer id and top-k of each.
         num_experts: at most, of any layer.
     """
 
     def __init__(
         self,
-        layer_ids: Sequence[int],
+        layers: Sequence[tuple[int, int]],
         device: torch.device,
         num_experts: int,
         num_groups: int = 1,
     ) -> None:
-        self._layer_ids = layer_ids
+        self._layer_ids, self._top_k = zip(*layers, strict=True)
         self._num_experts = num_experts
         self.defers = device.type == "cpu"
-        self._vanilla = torch.zeros(len(layer_ids), 3, dtype=torch.int64, device=device)
-        self._pending: deque[tuple[int, Tensor]] = deque()
+        self._vanilla = torch.zeros(len(layers), 3, dtype=torch.int64, device=device)
+        self._pending: deque[Sequence[tuple[int, Tensor]]] = deque()
         self._settling = threading.Lock()  # the metrics thread reads, too
         self._parts = _PARTS if num_groups > 1 else _PARTS[:1]
-        shape = (len(layer_ids), len(self._parts), len(COLUMNS))
+        shape = (len(layers), len(self._parts), len(COLUMNS))
         self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
         self._views = {
             part: self._sums[:, place].unbind() for place, part in enumerate(self._parts)
@@ -71,41 +72,33 @@ class Statistics:
         """The counts of layer number `index`, int64 ``[6]``, to add to."""
         return self._views[part][index]
 
-    def count_vanilla(self, index: int, topk_ids: Tensor) -> None:
-        """Count one MoE call that nobody re-routes and that has no padded rows.
+    def count_vanilla(self, calls: Sequence[tuple[int, Tensor]]) -> None:
+        """Count the MoE calls of a step that nobody re-routes and that has no padded rows.
 
-        `topk_ids` must stay as they are; on a CPU nothing of SGLang's writes to them later.
+        Args:
+            calls: number of the layer and top-k ids, shared experts behind the routed ones. They
+                must stay as they are; on a CPU nothing of SGLang's writes to them later.
         """
-        if not self.defers:
-            self._count_now(self._vanilla[index], topk_ids)
-            return
-        self._pending.append((index, topk_ids))
-        if len(self._pending) >= _DEFERRED_CALLS:
+        self._pending.append(calls)
+        if len(self._pending) >= _DEFERRED_STEPS:
             self._settle()
 
-    def _count_now(self, counts: Tensor, topk_ids: Tensor) -> None:
-        """On the stream of the call, without waiting for it."""
-        used = torch.zeros(self._num_experts, dtype=torch.bool, device=topk_ids.device)
-        used.index_fill_(0, topk_ids.flatten().long(), True)
-        counts[0] += 1
-        counts[1] += len(topk_ids)
-        counts[2] += used.sum()
-
     def _settle(self) -> None:
-        """Count the calls that wait for it."""
+        """Count the steps that wait for it."""
         with self._settling:
-            calls = [self._pending.popleft() for _ in range(len(self._pending))]
+            steps = [self._pending.popleft() for _ in range(len(self._pending))]
+            calls = [call for step in steps for call in step]
             if not calls:
                 return
-            layers, ids = zip(*calls, strict=True)
-            device = self._vanilla.device
-            sizes = torch.tensor([i.numel() for i in ids], device=device)
-            call = torch.arange(len(ids), device=device).repeat_interleave(sizes)
-            used = torch.zeros(len(ids), self._num_experts, dtype=torch.bool, device=device)
+            layers = [index for index, _ in calls]
+            ids = [ids[:, : self._top_k[index]] for index, ids in calls]
+            sizes = torch.tensor([i.numel() for i in ids])
+            call = torch.arange(len(ids)).repeat_interleave(sizes)
+            used = torch.zeros(len(ids), self._num_experts, dtype=torch.bool)
             used[call, torch.cat([i.flatten() for i in ids])] = True
-            num_rows = torch.tensor([len(i) for i in ids], device=device)
+            num_rows = torch.tensor([len(i) for i in ids])
             counts = torch.stack([torch.ones_like(num_rows), num_rows, used.sum(dim=1)], dim=1)
-            self._vanilla.index_add_(0, torch.tensor(layers, device=device), counts)
+            self._vanilla.index_add_(0, torch.tensor(layers), counts)
 
     def reset(self) -> None:
         """Forget everything counted so far."""

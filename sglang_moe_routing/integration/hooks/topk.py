@@ -1,4 +1,4 @@
-"""Around ``_post_process_topk_ids``: the re-routing itself.
+"""Before ``_post_process_topk_ids``: the re-routing itself.
 
 Why here: the last point where ids are logical, weights and all router logits are at hand and the
 layer is known; before SGLang captures routed experts, maps them to physical ones, masks padding
@@ -8,7 +8,6 @@ Goes when SGLang offers a routing hook of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,22 +17,17 @@ from ..hooking import Hook
 from ..runtime import LAYER
 
 
-def around(
-    original: Callable[..., Any],
+def before(
     topk_ids: Tensor,
     topk_weights: Tensor,
     topk_config: Any,
     router_logits: Tensor,
-    layer_id: int,
     *args: Any,
     **kwargs: Any,
-) -> Any:
+) -> None:
     layer = getattr(topk_config, LAYER, None)
     if layer is not None:
-        topk_ids, topk_weights = runtime.current().reroute(
-            layer, topk_ids, topk_weights, router_logits
-        )
-    return original(topk_ids, topk_weights, topk_config, router_logits, layer_id, *args, **kwargs)
+        runtime.current().reroute(layer, topk_ids, topk_weights, router_logits)
 
 
 HOOK = Hook(
@@ -48,6 +42,6 @@ HOOK = Hook(
         "expert_location_dispatch_info",
         "padded_rows_masked",
     ),
-    kind="around",
-    function=around,
+    kind="before",
+    function=before,
 )
