@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -28,7 +27,8 @@ from .test_evaluate import (
     config_text,
     parallel_forward,
 )
-from .test_routing import check_all, distinct, generate_all
+from .test_routing import POLICIES as RANK_POLICIES
+from .test_routing import answers_alone, check_all, distinct, generate_all
 
 TP_FLAGS = ["--tp", "2", "--dtype", "float32", *server_flags(BATCH_SIZE, PREFIX_LEN)]
 
@@ -115,39 +115,24 @@ def test_evaluate_measures_the_same_with_two_ranks(parallel: Running, name: str)
 def test_vanilla_requests_are_bit_identical_to_a_plain_tensor_parallel_server(
     start: Callable[..., Any], parallel: Running
 ) -> None:
-    """Text and log-probabilities, one request at a time."""
-
-    def answers(url: str) -> list[Any]:
-        found = []
-        for prompt in demo.read_prompts()[:4]:
-            body = {
-                "text": prompt,
-                "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True},
-                "return_logprob": True,
-                "logprob_start_len": 0,
-            }
-            answer = httpx.post(f"{url}/generate", json=body, timeout=300).json()
-            info = answer["meta_info"]
-            names = ("input_token_logprobs", "output_token_logprobs")
-            found.append((answer["text"], *(info[name] for name in names)))
-        return found
-
+    """In text and log-probabilities."""
     with start(None, *TP_FLAGS) as plain:
-        expected = answers(plain.url)
-    assert answers(parallel.url) == expected
+        expected = answers_alone(plain.url)
+    assert answers_alone(parallel.url) == expected
 
 
-def test_expert_parallel_ranks_route_alike(
-    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray]
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_ranks_route_alike_and_as_the_oracle_says(
+    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray], ep_size: int
 ) -> None:
-    """Each rank holds half of the experts whole; ids become local ones after the re-routing."""
-    names = ["vanilla", "oea-k3", "topk-k3", "sere-s2"] * 2
-    with start(config, "--tp", "2", "--ep-size", "2") as running:
-        calls = record_mixed(running, names)
-        assert running.http.get("/server_info").json()["ep_size"] == 2
+    """Tensor-parallel ranks hold a part of every expert, expert-parallel ones half of the experts
+    whole; their ids become local ones after the re-routing."""
+    with start(config, "--tp", "2", "--ep-size", str(ep_size)) as running:
+        calls = record_mixed(running, RANK_POLICIES)
+        assert running.http.get("/server_info").json()["ep_size"] == ep_size
     first, second = by_process(calls)
     assert first == second
-    check_all(calls, similarity)
+    assert set(check_all(first, similarity)) == set(RANK_POLICIES)
 
 
 def test_replicas_route_and_count_by_themselves(
