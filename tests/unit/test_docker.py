@@ -138,7 +138,7 @@ def test_an_image_runs_as_a_numbered_user_that_is_not_root(dockerfile: Path) -> 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_an_image_serves_and_checks_its_health(dockerfile: Path) -> None:
     (entrypoint,) = instructions(dockerfile, "ENTRYPOINT")
-    assert json.loads(entrypoint) == ["sglang-moe-routing", "serve"]
+    assert json.loads(entrypoint) == ["tini", "--", "sglang-moe-routing", "serve"]
     (health,) = instructions(dockerfile, "HEALTHCHECK")
     assert ":30000/health'" in health
     (command,) = instructions(dockerfile, "CMD")
