@@ -123,9 +123,13 @@ def count_rejection(reason: str) -> None:
         _make(_REJECTED).labels(reason).inc()
 
 
-def show_config(sha256: str) -> None:
-    """Say that a config has come into force."""
+def show_config(sha256: str, choosable: Iterable[str]) -> None:
+    """Say that a config has come into force; its series exist before something happens."""
     if _is_enabled:
+        for policy in choosable:
+            _make(_REQUESTS).labels(policy)
+        for reason in REASONS:
+            _make(_REJECTED).labels(reason)
         _make(_HASH).set(int(sha256[:12], 16))
         _make(_SUCCESSFUL).set(1)
         _make(_TIME).set(time.time())
@@ -135,15 +139,6 @@ def show_failed_reload() -> None:
     """Say that the last reload changed nothing."""
     if _is_enabled:
         _make(_SUCCESSFUL).set(0)
-
-
-def start_at_zero(policies: Iterable[str]) -> None:
-    """Make the series of the HTTP process exist before something happens."""
-    if _is_enabled:
-        for policy in policies:
-            _make(_REQUESTS).labels(policy)
-        for reason in REASONS:
-            _make(_REJECTED).labels(reason)
 
 
 @functools.cache

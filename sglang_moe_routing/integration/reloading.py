@@ -89,7 +89,7 @@ async def _reload(manager: Any) -> LoadedConfig:
         raise ReloadError("\n".join(dict.fromkeys(s[ERROR] for s in states if s[ERROR])))
     await _send(manager, Phase.COMMIT, loaded)
     state.adopt(loaded, artifacts)
-    metrics.show_config(loaded.sha256)
+    metrics.show_config(loaded.sha256, loaded.config.choosable)
     logger.info("routing config reloaded: %s", ", ".join(loaded.config.names))
     return loaded
 

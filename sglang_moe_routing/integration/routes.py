@@ -99,8 +99,7 @@ class StartMiddleware:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             state = runtime.current()
-            metrics.start_at_zero(state.config.choosable)
-            metrics.show_config(state.loaded.sha256)
+            metrics.show_config(state.loaded.sha256, state.config.choosable)
             reload_on_hangup()
         await self._app(scope, receive, send)
 

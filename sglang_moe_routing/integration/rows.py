@@ -92,6 +92,8 @@ class RowCounts:
         ).items():
             name, engage = table[policy_id].name, table[policy_id].policy.engage
             self.rows[name] += num_rows
+            if policy_id == VANILLA_ID:
+                continue
             if num_live[group] < engage.min_rows:
                 self.disengaged[name, "min_rows"] += num_rows
             elif engage.max_rows is not None and num_live[group] > engage.max_rows:

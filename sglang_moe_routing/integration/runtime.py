@@ -219,14 +219,15 @@ class Runtime:
         if plan is None and not self.is_capturing:
             return
         self.num_calls += 1
-        if self.passed is not None and plan is not None and len(plan.policy_ids) == num_rows:
-            self.passed.append((layer.index, topk_ids))
-            return
         if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
             raise EngineError(
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
                 f"expected {(num_rows, layer.num_experts)}"
             )
+        if self.passed is not None and plan is not None and len(plan.policy_ids) == num_rows:
+            if self.statistics is not None:
+                self.passed.append((layer.index, topk_ids))
+            return
         counted = self.statistics if plan is None or plan.is_decode else None
         ids, weights = topk_ids, topk_weights
         if ids.shape[1] > layer.top_k:
@@ -241,8 +242,9 @@ class Runtime:
 
     def _lets_pass(self, plan: Plan) -> bool:
         """Whether the calls of a forward need no more than to be counted, if no row is padded."""
-        counts_later = self.statistics is None or self.statistics.defers
-        return counts_later and not plan.reroutes and not self.is_recording
+        if plan.reroutes or not plan.is_decode or self.is_recording:
+            return False
+        return self.statistics is None or self.statistics.defers
 
     def _reroute_together(self, call: Call, counted: Statistics | None) -> None:
         assert self.rows is not None

@@ -94,10 +94,12 @@ class Statistics:
             ids = [ids[:, : self._top_k[index]] for index, ids in calls]
             sizes = torch.tensor([i.numel() for i in ids])
             call = torch.arange(len(ids)).repeat_interleave(sizes)
-            used = torch.zeros(len(ids), self._num_experts, dtype=torch.bool)
+            used = torch.zeros(len(ids), self._num_experts + 1, dtype=torch.bool)  # the last: id -1
             used[call, torch.cat([i.flatten() for i in ids])] = True
             num_rows = torch.tensor([len(i) for i in ids])
-            counts = torch.stack([torch.ones_like(num_rows), num_rows, used.sum(dim=1)], dim=1)
+            counts = torch.stack(
+                [torch.ones_like(num_rows), num_rows, used[:, :-1].sum(dim=1)], dim=1
+            )
             self._vanilla.index_add_(0, torch.tensor(layers), counts)
 
     def reset(self) -> None:

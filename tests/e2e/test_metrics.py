@@ -179,6 +179,8 @@ def test_reload_is_shown(exporting: Running, path: Path) -> None:
     assert reloaded["config_hash",] == int(answer.json()["config_sha256"][:12], 16)
     name = ("config_last_reload_success_timestamp_seconds",)
     assert first[name] < reloaded[name] <= time.time()
+    assert ("requests_total", "new") not in first
+    assert reloaded["requests_total", "new"] == 0
 
 
 def test_promtool_finds_no_fault(exporting: Running) -> None:

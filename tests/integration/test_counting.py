@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sglang_moe_routing.errors import EngineError
 from sglang_moe_routing.integration.runtime import Plan, Runtime
+from sglang_moe_routing.integration.statistics import Statistics
 
 from .test_isolation import IMPLEMENTATIONS, NUM_EXPERTS, TOP_K, make_runtime
 
@@ -90,3 +92,17 @@ def test_another_thread_may_read_meanwhile(runtime: Runtime) -> None:
     reader.join()
     assert seen == sorted(seen)
     assert runtime.statistics.read()[0]["calls"] == 500
+
+
+def test_a_vanilla_step_with_other_router_logits_is_an_error(runtime: Runtime) -> None:
+    """It must not wait for the first request under a policy."""
+    ids = torch.zeros(3, TOP_K, dtype=torch.int32)
+    plan = Plan([0] * 3, [0] * 3, [""] * 3, "DECODE", is_decode=True)
+    with runtime.forward(plan), pytest.raises(EngineError, match="router logits have shape"):
+        runtime.reroute(runtime.layers[0], ids, torch.ones(3, TOP_K), torch.empty(0, NUM_EXPERTS))
+
+
+def test_a_slot_without_expert_counts_none() -> None:
+    statistics = Statistics([(0, 2)], torch.device("cpu"), num_experts=4)
+    statistics.count_vanilla([(0, torch.tensor([[0, -1], [2, 0]]))])
+    assert statistics.read()[0]["active_experts"] == 2
