@@ -2,8 +2,8 @@
 
 Samples the scheduler with py-spy (`pip install py-spy`; it may need root), and counts the samples
 whose innermost Python frame is this package's, or SGLang's hook machinery. The experts and products
-of the portable CPU platform, which run without policies too, do not count. `counting` is the part
-that statistics and metrics take. What two servers differ by from start to start does not blur this,
+of the portable CPU platform, which run without policies too, do not count. `wrappers` is the part of
+the hook machinery, `counting` that of statistics and metrics, but for what kernels count. What two servers differ by from start to start does not blur this,
 as it does a comparison of their times (scripts/overhead.py).
 """
 
@@ -36,9 +36,14 @@ COUNTING = ("integration/statistics.py", "integration/metrics.py", "RowCounts.")
 def is_ours(stack: str) -> bool:
     """Whether the innermost frame is this package's, or of SGLang's hooks."""
     frame = stack.rpartition(";")[-1]
-    if "plugins/hook_registry.py" in frame:
+    if is_wrapper(stack):
         return True
     return "sglang_moe_routing/" in frame and not any(part in frame for part in PLATFORM)
+
+
+def is_wrapper(stack: str) -> bool:
+    """Whether the innermost frame is SGLang's, around a function that is hooked."""
+    return "plugins/hook_registry.py" in stack.rpartition(";")[-1]
 
 
 def is_counting(stack: str) -> bool:
@@ -50,12 +55,13 @@ def is_counting(stack: str) -> bool:
 def summarize(samples: Path) -> dict[str, Any]:
     """Shares of the samples of the event loop, with their standard errors."""
     total = 0
-    found = dict.fromkeys(("all", "counting"), 0)
+    found = dict.fromkeys(("all", "wrappers", "counting"), 0)
     for line in samples.read_text().splitlines():
         stack, _, number = line.rpartition(" ")
         is_step = "event_loop" in stack
         total += int(number) * is_step
         found["all"] += int(number) * ((is_step and is_ours(stack)) or is_counting(stack))
+        found["wrappers"] += int(number) * (is_step and is_wrapper(stack))
         found["counting"] += int(number) * is_counting(stack)
     shares = {name: number / total for name, number in found.items()}
     return {"samples": total} | {
