@@ -2,9 +2,10 @@
 
 Samples the scheduler with py-spy (`pip install py-spy`; it may need root), and counts the samples
 whose innermost Python frame is this package's, or SGLang's hook machinery. The experts and products
-of the portable CPU platform, which run without policies too, do not count. `wrappers` is the part of
-the hook machinery, `counting` that of statistics and metrics, but for what kernels count. What two servers differ by from start to start does not blur this,
-as it does a comparison of their times (scripts/overhead.py).
+of the portable CPU platform, which run without policies too, do not count. `wrappers` is the part
+of the hook machinery, `counting` that of statistics and metrics, but for what kernels count. What
+two servers differ by from start to start does not blur this, as it does a comparison of their times
+(scripts/overhead.py).
 """
 
 from __future__ import annotations
