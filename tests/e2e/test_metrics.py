@@ -171,7 +171,10 @@ def test_reload_is_shown(exporting: Running, path: Path) -> None:
     failed = scrape(exporting)
     assert failed["config_last_reload_successful",] == 0
     assert failed["config_hash",] == first["config_hash",]
-    path.write_text(CONFIG + "  new: {kind: oea, k0: 2}\n")
+    path.write_text(
+        CONFIG.replace("clients_may_choose: [", "clients_may_choose: [new, ")
+        + "  new: {kind: oea, k0: 2}\n"
+    )
     answer = exporting.http.post("/moe_routing/reload")
     assert answer.status_code == 200, answer.text
     reloaded = scrape(exporting)
