@@ -124,7 +124,7 @@ def policy_ids(case: Case, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor([PAD if i is None else i for i in case.row_specs], dtype=dtype)
 
 
-def ask_oracle(case: Case) -> oracles.Routed:
+def ask_oracle(case: Case, *, repeats_first: bool = False) -> oracles.Routed:
     specs: list[Spec | None] = []
     for row in range(case.num_rows):
         spec = case.spec(row)
@@ -139,6 +139,7 @@ def ask_oracle(case: Case) -> oracles.Routed:
         specs,
         renormalize=case.renormalize,
         scale=case.scale,
+        repeats_first=repeats_first,
     )
 
 
@@ -257,9 +258,7 @@ def first_ranks(case: Case, row: int) -> list[int]:
 
 def keep_off_thresholds(case: Case) -> Case:
     """Move each p < 1 until no row's partial gate mass is close enough to it to be a matter of
-    rounding, and give rows without any gate mass some, because they have no partial mass. Then
-    `keep_off_close_demands`."""
-    gates = case.gates.clone()
+    rounding. Then `keep_off_close_demands`."""
     specs = [dict(spec) for spec in case.specs]
     for index, spec in enumerate(specs):
         if spec["kind"] != "oea" or spec["p"] >= 1.0:
@@ -268,12 +267,10 @@ def keep_off_thresholds(case: Case) -> Case:
         for row in case.live:
             if case.row_specs[row] != index:
                 continue
-            if not gates[row].nansum() > 0:
-                gates[row] = 0.125
-            shares += oracles.mass_prefixes(gates[row].tolist(), first_ranks(case, row))
+            shares += oracles.mass_prefixes(case.gates[row].tolist(), first_ranks(case, row))
         while any(abs(share - spec["p"]) < MASS_MARGIN for share in shares):
             spec["p"] -= 3 * MASS_MARGIN
-    return keep_off_close_demands(replace(case, gates=gates, specs=tuple(specs)))
+    return keep_off_close_demands(replace(case, specs=tuple(specs)))
 
 
 def keep_off_close_demands(case: Case, rtol: float = DEMAND_RTOL) -> Case:

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+FAINTEST = -80.0
+"""Logit, under softmax relative to the row's largest, below which a gate is 0."""
+
 RowPolicy = dict[str, Any]
 
 
@@ -147,8 +150,13 @@ def reroute(
     *,
     renormalize: bool,
     scale: float = 1.0,
+    repeats_first: bool = False,
 ) -> Routed:
-    """Route one MoE call; `policies[b]` is None for a padded row."""
+    """Route one MoE call; `policies[b]` is None for a padded row.
+
+    With `repeats_first` a slot without an expert names the one in the row's first slot, and every
+    slot of a padded row the lowest of U; else -1. Such slots weigh nothing.
+    """
     n_rows, n_experts = scores.shape
     k = topk_ids.shape[1]
     live = [b for b in range(n_rows) if policies[b] is not None]
@@ -181,7 +189,7 @@ def reroute(
         policy = policies[b]
         if policy is None:
             for t in range(k):
-                ids[b, t] = active[0] if active else 0
+                ids[b, t] = -1 if not repeats_first else active[0] if active else 0
                 weights[b, t] = 0.0
             continue
         if keeps_base(policy, k):
@@ -190,9 +198,8 @@ def reroute(
                 weights[b, t] = float(topk_weights[b, t])
             continue
         if policy["kind"] == "sere":
-            for t in range(k):
-                ids[b, t] = _stand_in(int(topk_ids[b, t]), policy, required[b], active)
-                weights[b, t] = float(topk_weights[b, t])
+            slots = [_stand_in(int(j), policy, required[b], active) for j in topk_ids[b]]
+            ids[b], weights[b] = _one_slot_each(slots, topk_weights[b], repeats_first)
             continue
         chosen = list(required[b])
         if policy["kind"] == "oea":
@@ -207,22 +214,23 @@ def reroute(
                 if j in union:
                     chosen.append(j)
         if policy["kind"] == "budget":
-            chosen = [j for j in order[b] if j in union][:k] or order[b][:1]
+            chosen = [j for j in order[b] if j in union][:k]
         clean = clean_gates([float(g) for g in gates[b]])
         chosen_sum = sum(clean[j] for j in chosen)
+        if chosen_sum == 0.0:  # no weight is left: the row keeps what it came with
+            ids[b], weights[b] = topk_ids[b], topk_weights[b]
+            continue
         incoming_sum = sum(float(w) for w in topk_weights[b])
         for t in range(k):
             if t < len(chosen):
                 j = chosen[t]
                 ids[b, t] = j
-                if chosen_sum == 0.0:
-                    weights[b, t] = 0.0
-                elif renormalize:
+                if renormalize:
                     weights[b, t] = clean[j] / chosen_sum * incoming_sum
                 else:
                     weights[b, t] = clean[j] * scale
-            else:  # a filler repeats the row's first expert and weighs nothing
-                ids[b, t] = chosen[0]
+            else:
+                ids[b, t] = chosen[0] if repeats_first else -1
                 weights[b, t] = 0.0
         share = float(np.float32(policy.get("mapped_share", 0.0)))
         if share > 0.0:
@@ -235,7 +243,8 @@ def reroute(
     original: set[int] = set()
     for b in live:
         for t in range(k):
-            final.add(int(ids[b, t]))
+            if ids[b, t] != -1:
+                final.add(int(ids[b, t]))
             original.add(int(topk_ids[b, t]))
     return Routed(ids, weights, active, len(final), len(original))
 
@@ -250,6 +259,19 @@ def _stand_in(u: int, policy: RowPolicy, required: list[int], active: list[int])
         if sim[u, v] > sim[u, best]:
             best = v
     return best if sim[u, best] >= np.float32(policy["rho"]) else u
+
+
+def _one_slot_each(
+    slots: Sequence[int], weights: np.ndarray, repeats_first: bool
+) -> tuple[list[int], list[float]]:
+    """An expert's first slot takes the sum of its slots; the others are free."""
+    ids, sums = list(slots), [float(w) for w in weights]
+    for t, j in enumerate(slots):
+        first = slots.index(j)
+        if first < t:
+            sums[first] += sums[t]
+            ids[t], sums[t] = slots[0] if repeats_first else -1, 0.0
+    return ids, sums
 
 
 def _mapped(
@@ -269,11 +291,16 @@ def softmax_row(logits: Sequence[float]) -> list[float]:
     top = max(logits)
     powers = [math.exp(x - top) for x in logits]
     total = sum(powers)
-    return [x / total for x in powers]
+    return [
+        power / total if np.float32(x) - np.float32(top) >= FAINTEST else 0.0
+        for x, power in zip(logits, powers, strict=True)
+    ]
 
 
 def sigmoid(x: float) -> float:
     """The logistic function in float64 without overflow."""
+    if x < FAINTEST:
+        return 0.0
     if x >= 0.0:
         return 1.0 / (1.0 + math.exp(-x))
     return math.exp(x) / (1.0 + math.exp(x))

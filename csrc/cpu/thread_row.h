@@ -393,9 +393,17 @@ struct RowState {
   Softmax softmax;
 };
 
-MOE_ROUTING_FN void pad_row(const Call& call, int row, int expert) {
+// What the free slots of padded rows name; -1, or an expert that is active anyway.
+MOE_ROUTING_FN int padding_id(const Call& call, const Shared& shared) {
+  if (call.free_slots == FreeSlots::ignored) return kFree;
+  int lowest = 0;
+  while (lowest < call.num_experts && !shared.required.has(lowest)) ++lowest;
+  return lowest % call.num_experts;
+}
+
+MOE_ROUTING_FN void pad_row(const Call& call, int row, int id) {
   for (int t = 0; t < call.top_k; ++t) {
-    store_id(call.out_ids, row, t, expert);
+    store_id(call.out_ids, row, t, id);
     store_float(call.out_weights, row, t, 0.0f);
   }
 }
@@ -459,11 +467,10 @@ void route(const Call& call) {
   }
   fill_union(call, shared);
   finish_union(call, shared);
-  int lowest = 0;
-  while (lowest < call.num_experts && !shared.required.has(lowest)) ++lowest;
+  const int padding = padding_id(call, shared);
   for (int row = 0; row < call.num_rows; ++row) {
     if (call.policy_ids[row] == kPad) {
-      pad_row(call, row, lowest % call.num_experts);
+      pad_row(call, row, padding);
       continue;
     }
     RowState& state = states[row];

@@ -16,10 +16,10 @@ void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView>
              TensorView policy_ids, TensorView policies, TensorView similarity, TensorView out_ids,
              TensorView out_weights, TensorView out_union, Optional<TensorView> statistics,
              Optional<TensorView> workspace, int64_t scoring, int64_t num_groups,
-             int64_t top_groups, bool renormalize, double scale) {
+             int64_t top_groups, bool renormalize, double scale, int64_t free_slots) {
   Call call = bindings::make_call(scores, gates, bias, topk_ids, topk_weights, policy_ids, policies,
                                   similarity, out_ids, out_weights, out_union, statistics, scoring,
-                                  num_groups, top_groups, renormalize, scale);
+                                  num_groups, top_groups, renormalize, scale, free_slots);
   const DLDevice device = scores.device();
   bindings::check(device.device_type == kDLCUDA, "scores", "a tensor on a CUDA device");
   if (workspace.has_value()) {

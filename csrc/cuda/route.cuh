@@ -78,18 +78,19 @@ __device__ __forceinline__ void write_union(const Call& call, const Shared& shar
   }
 }
 
-__device__ __forceinline__ int lowest_required(const Shared& shared) {
+// What the free slots of padded rows name; -1, or an expert that is active anyway.
+__device__ __forceinline__ int padding_id(const Call& call, const Shared& shared) {
+  if (call.free_slots == FreeSlots::ignored) return kFree;
   for (int i = 0; i < kUnionWords; ++i) {
     if (shared.required[i] != 0) return i * kWarp + __ffs(static_cast<int>(shared.required[i])) - 1;
   }
   return 0;
 }
 
-// A padded row: an expert that is active anyway, at weight 0.
 __device__ __forceinline__ void pad_row(const Call& call, int row, const Shared& shared) {
   const int lane = threadIdx.x % kWarp;
   if (lane >= call.top_k) return;
-  store_id(call.out_ids, row, lane, lowest_required(shared));
+  store_id(call.out_ids, row, lane, padding_id(call, shared));
   store_float(call.out_weights, row, lane, 0.0f);
 }
 

@@ -30,7 +30,7 @@ from ..kernels import (
     unsupported,
     with_room,
 )
-from ..policies import PolicyTable, Router, build_table
+from ..policies import FreeSlots, PolicyTable, Router, build_table
 from . import environment
 from .cpu_platform.experts import RUNNER
 from .definitions import Definition
@@ -188,6 +188,7 @@ def _make_layer(
         num_experts=num_experts,
         top_k=top_k,
         router=router,
+        free_slots=FreeSlots.IGNORED,
         table=table,
         kernel_table=_compile(runtime, table) if is_native else None,
         union=torch.zeros(num_experts, dtype=torch.bool, device=device),

@@ -15,7 +15,7 @@ from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig
 from ..errors import EngineError
 from ..kernels import MAX_ROWS, KernelTable, refine_out, workspace
-from ..policies import PolicyTable, Router, reroute
+from ..policies import FreeSlots, PolicyTable, Router, reroute
 from ..similarity import load_similarities
 from .definitions import Definition, PolicyIds, define
 from .recorder import Recorder
@@ -35,6 +35,7 @@ class Layer:
         index: place among the MoE layers of this process.
         num_experts: routed experts, shared and redundant ones not counted.
         top_k: routed experts per token.
+        free_slots: the id that the layer's MoE runner takes in slots without an expert.
         kernel_table: `table` for the compiled kernels; None where the torch reference serves.
         union: bool ``[num_experts]``, where the kernels leave the union of a call.
     """
@@ -44,6 +45,7 @@ class Layer:
     num_experts: int
     top_k: int
     router: Router
+    free_slots: FreeSlots
     table: PolicyTable
     kernel_table: KernelTable | None
     union: Tensor
@@ -308,6 +310,7 @@ class Runtime:
             out_union=layer.union,
             statistics=sums,
             workspace=self.workspace,
+            free_slots=layer.free_slots,
         )
         return layer.union
 
@@ -323,6 +326,7 @@ class Runtime:
             call.layer.table,
             renormalize=router.renormalize,
             scale=router.scale,
+            free_slots=call.layer.free_slots,
         )
         if sums is not None:
             count(sums, policy_ids, outcome)

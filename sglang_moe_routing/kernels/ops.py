@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..policies import Router
+from ..policies import FreeSlots, Router
 from . import native
 from .table import KernelTable
 
@@ -34,9 +34,10 @@ _GIVEN = 3
 _TABLE = "Tensor policy_ids, Tensor policies, Tensor similarity"
 _REFINE = (
     "Tensor scores, Tensor? gates, Tensor? bias, Tensor topk_ids, Tensor topk_weights, "
-    f"{_TABLE}, int scoring, int num_groups, int top_groups, bool renormalize, float scale"
+    f"{_TABLE}, int scoring, int num_groups, int top_groups, bool renormalize, float scale, "
+    "int free_slots"
 )
-_FUSED = f"Tensor scores, {_TABLE}, int scoring, bool renormalize, float scale"
+_FUSED = f"Tensor scores, {_TABLE}, int scoring, bool renormalize, float scale, int free_slots"
 _OUT = (
     "*, Tensor(a!) out_ids, Tensor(b!) out_weights, Tensor(c!) out_union, "
     "Tensor(d!)? statistics, Tensor(e!)? workspace"
@@ -63,6 +64,7 @@ def refine(
     *,
     gates: Tensor | None = None,
     statistics: Tensor | None = None,
+    free_slots: FreeSlots = FreeSlots.IGNORED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Re-route the engine's choice; the compiled twin of `policies.reroute`.
 
@@ -78,6 +80,7 @@ def refine(
         gates: float ``[num_tokens, num_experts]``, combine weights before normalisation.
         statistics: int64 ``[6]`` to add to: calls, rows, active experts, active experts of the
             engine's choice, moved slots, critical experts.
+        free_slots: the id of slots that hold no expert.
 
     Returns:
         ``(topk_ids, topk_weights, union)``: the first two in the types that came in, ``union``
@@ -88,7 +91,9 @@ def refine(
             message names it.
         KernelError: no compiled kernels for this device.
     """
-    arguments = _refine_arguments(scores, gates, topk_ids, topk_weights, policy_ids, table, router)
+    arguments = _refine_arguments(
+        scores, gates, topk_ids, topk_weights, policy_ids, table, router, free_slots
+    )
     if torch.compiler.is_compiling():
         op = torch.ops.sglang_moe_routing.refine.default
         return op(*arguments, statistics)  # type: ignore[no-any-return]
@@ -109,6 +114,7 @@ def refine_out(
     gates: Tensor | None = None,
     statistics: Tensor | None = None,
     workspace: Tensor | None = None,
+    free_slots: FreeSlots = FreeSlots.IGNORED,
 ) -> None:
     """`refine` into the caller's tensors. The outputs may be `topk_ids` and `topk_weights`.
 
@@ -119,7 +125,9 @@ def refine_out(
     is_compiling = torch.compiler.is_compiling()
     run = torch.ops.sglang_moe_routing.refine_out.default if is_compiling else _run_refine_out
     run(
-        *_refine_arguments(scores, gates, topk_ids, topk_weights, policy_ids, table, router),
+        *_refine_arguments(
+            scores, gates, topk_ids, topk_weights, policy_ids, table, router, free_slots
+        ),
         out_ids=out_ids,
         out_weights=out_weights,
         out_union=out_union,
@@ -136,6 +144,7 @@ def fused(
     top_k: int,
     *,
     statistics: Tensor | None = None,
+    free_slots: FreeSlots = FreeSlots.IGNORED,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose and re-route in one step.
 
@@ -149,7 +158,7 @@ def fused(
     Returns:
         ``(topk_ids int32, topk_weights float32, union bool)``. See `refine` for the rest.
     """
-    arguments = _fused_arguments(logits, policy_ids, table, router)
+    arguments = _fused_arguments(logits, policy_ids, table, router, free_slots)
     if torch.compiler.is_compiling():
         op = torch.ops.sglang_moe_routing.fused.default
         return op(*arguments, top_k, statistics)  # type: ignore[no-any-return]
@@ -167,12 +176,13 @@ def fused_out(
     out_union: Tensor,
     statistics: Tensor | None = None,
     workspace: Tensor | None = None,
+    free_slots: FreeSlots = FreeSlots.IGNORED,
 ) -> None:
     """`fused` into the caller's tensors; see `refine_out`."""
     is_compiling = torch.compiler.is_compiling()
     run = torch.ops.sglang_moe_routing.fused_out.default if is_compiling else _run_fused_out
     run(
-        *_fused_arguments(logits, policy_ids, table, router),
+        *_fused_arguments(logits, policy_ids, table, router, free_slots),
         out_ids=out_ids,
         out_weights=out_weights,
         out_union=out_union,
@@ -194,6 +204,7 @@ def _refine_arguments(
     policy_ids: Tensor,
     table: KernelTable,
     router: Router,
+    free_slots: FreeSlots,
 ) -> tuple[Any, ...]:
     is_given = gates is not None
     return (
@@ -210,11 +221,16 @@ def _refine_arguments(
         1 if is_given else router.top_groups,
         router.renormalize,
         router.scale,
+        int(free_slots),
     )
 
 
 def _fused_arguments(
-    logits: Tensor, policy_ids: Tensor, table: KernelTable, router: Router
+    logits: Tensor,
+    policy_ids: Tensor,
+    table: KernelTable,
+    router: Router,
+    free_slots: FreeSlots,
 ) -> tuple[Any, ...]:
     if router.bias is not None or router.num_groups > 1:
         raise KernelError("the fused op chooses for routers without bias and groups only")
@@ -226,6 +242,7 @@ def _fused_arguments(
         _SCORINGS[router.scoring],
         router.renormalize,
         router.scale,
+        int(free_slots),
     )
 
 
@@ -257,6 +274,7 @@ def _run_refine_out(
     top_groups: int,
     renormalize: bool,
     scale: float,
+    free_slots: int,
     *,
     out_ids: Tensor,
     out_weights: Tensor,
@@ -283,6 +301,7 @@ def _run_refine_out(
         top_groups,
         renormalize,
         scale,
+        free_slots,
     )
 
 
@@ -310,6 +329,7 @@ def _run_fused_out(
     scoring: int,
     renormalize: bool,
     scale: float,
+    free_slots: int,
     *,
     out_ids: Tensor,
     out_weights: Tensor,
@@ -331,6 +351,7 @@ def _run_fused_out(
         1,
         renormalize,
         scale,
+        free_slots,
         out_ids=out_ids,
         out_weights=out_weights,
         out_union=out_union,

@@ -1,6 +1,18 @@
 """Routing policies: what they are, how they are registered, and what they compute."""
 
-from .base import PAD, Count, Engagement, Layers, Parameters, Policy, Rows, Schedule, Similarity
+from .base import (
+    FREE,
+    PAD,
+    Count,
+    Engagement,
+    FreeSlots,
+    Layers,
+    Parameters,
+    Policy,
+    Rows,
+    Schedule,
+    Similarity,
+)
 from .budget import Budget
 from .oea import OEA
 from .reference import Rerouted, reroute
@@ -18,12 +30,14 @@ from .vanilla import Vanilla
 
 __all__ = [
     "ENTRY_POINT_GROUP",
+    "FREE",
     "OEA",
     "PAD",
     "SERE",
     "Budget",
     "Count",
     "Engagement",
+    "FreeSlots",
     "Layers",
     "Parameters",
     "Policy",

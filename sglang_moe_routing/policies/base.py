@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import torch
@@ -24,6 +25,24 @@ from torch import Tensor
 
 PAD = -1
 """Policy id of a padded row."""
+
+FREE = -1
+"""Id of a free slot where the engine's MoE runner ignores such slots."""
+
+
+class FreeSlots(IntEnum):
+    """Which id stands in a slot that holds no expert; its weight is 0.
+
+    No other slot of a row names an expert that stands in one of its slots already, and a free slot
+    is never counted and activates nothing.
+    """
+
+    IGNORED = 0
+    """`FREE`, which the engine's MoE runner skips."""
+    REPEAT_FIRST = 1
+    """The expert of the row's first slot, for runners that take repeats; a padded row, which has no
+    expert, names one that is active anyway."""
+
 
 Number = TypeVar("Number", int, float)
 
@@ -245,6 +264,8 @@ class Policy(StrictModel):
     def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         """Pass 2: ``(topk_ids, topk_weights)``, ``[num_tokens, top_k]`` each.
 
+        Ids lie in ``[0, num_experts)``. Slots of a row may name one expert: the caller merges them.
+
         Args:
             union: bool ``[num_experts]``, what is loaded whatever happens next.
         """
@@ -288,16 +309,21 @@ class Rows:
     def num_experts(self) -> int:
         return self.rank.shape[1]
 
+    def has_weight(self, chosen: Tensor) -> Tensor:
+        """bool ``[num_tokens, 1]``: whether some gate of the `chosen` experts is above 0."""
+        return (chosen & (self.gates > 0)).any(dim=1, keepdim=True)
+
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Fill the top-k slots with the `chosen` experts and the weights the model gives them.
 
         Args:
-            chosen: bool ``[num_tokens, num_experts]``, at most `top_k` and at least one per row.
+            chosen: bool ``[num_tokens, num_experts]``, at most `top_k` per row.
 
         Returns:
-            ``(topk_ids, topk_weights)`` in preference order. Free slots repeat the row's first
+            ``(topk_ids, topk_weights)`` in preference order. Slots left over repeat the row's first
             expert at weight 0. Weights are renormalised to the sum of the incoming row where
-            the model normalises, else raw gates times `scale`.
+            the model normalises, else raw gates times `scale`. A row whose chosen experts have no
+            weight keeps the router's choice and its weights.
         """
         ranked = torch.where(chosen, self.rank, self.num_experts)
         places = ranked.sort(dim=1).values[:, : self.top_k]  # [num_tokens, top_k]
@@ -307,9 +333,10 @@ class Rows:
         ids = self.order.gather(1, places)
         gates = torch.where(filled, self.gates.gather(1, ids), 0.0)
         if self.renormalize:
-            total = gates.sum(dim=1, keepdim=True)
             wanted = self.topk_weights.sum(dim=1, keepdim=True)
-            weights = torch.where(total > 0, gates / total * wanted, gates)
+            weights = gates / gates.sum(dim=1, keepdim=True) * wanted
         else:
             weights = gates * self.scale
-        return ids, weights
+        has_weight = self.has_weight(chosen)
+        ids = torch.where(has_weight, ids, self.topk_ids)
+        return ids, torch.where(has_weight, weights, self.topk_weights)

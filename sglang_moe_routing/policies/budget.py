@@ -87,6 +87,4 @@ class Budget(Mapped):
     def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
         usable = (union | cls.required(rows, parameters, union)).gather(1, rows.order)
         kept = usable & (usable.cumsum(dim=1) <= rows.top_k)
-        kept[:, 0] |= ~kept.any(dim=1)  # nobody wants anything: every row keeps its first
-        ids, weights = rows.take(kept.gather(1, rows.rank))
-        return ids, cls.map_weights(rows, parameters, ids, weights)
+        return cls.take(rows, parameters, kept.gather(1, rows.rank))

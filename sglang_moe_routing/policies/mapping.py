@@ -44,14 +44,11 @@ class Mapped(Policy):
         return {"mapped_share": self.mapped_share}
 
     @classmethod
-    def map_weights(cls, rows: Rows, parameters: Parameters, ids: Tensor, chosen: Tensor) -> Tensor:
-        """``[num_tokens, top_k]`` weights of `ids`, given those `chosen` without mapping.
-
-        Args:
-            ids: int64 ``[num_tokens, top_k]``; free slots repeat the first expert.
-        """
+    def take(cls, rows: Rows, parameters: Parameters, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """`Rows.take`, with the row's share of weight mapped."""
+        ids, weights = rows.take(chosen)
         if len(rows.similarity) == 0:
-            return chosen
+            return ids, weights
         share = parameters["mapped_share"].float()[:, None]
         own = members(ids, rows.num_experts)
         artifact = parameters["artifact"].long()[:, None]
@@ -61,5 +58,5 @@ class Mapped(Policy):
         mapped = torch.zeros_like(rows.gates).scatter_add_(1, target, rows.topk_weights)
         is_free = ids == ids[:, :1]
         is_free[:, 0] = False
-        blended = chosen * (1 - share) + torch.where(is_free, 0.0, mapped.gather(1, ids)) * share
-        return torch.where(share > 0, blended, chosen)
+        blended = weights * (1 - share) + torch.where(is_free, 0.0, mapped.gather(1, ids)) * share
+        return ids, torch.where((share > 0) & rows.has_weight(chosen), blended, weights)

@@ -68,8 +68,7 @@ class OEA(Mapped):
         usable = (baseline | piggyback).gather(1, rows.order)  # in preference order
         limit = parameters["k_max"].clamp(max=rows.top_k)[:, None]
         kept = usable & (usable.cumsum(dim=1) <= limit)
-        ids, weights = rows.take(kept.gather(1, rows.rank) | baseline)
-        return ids, cls.map_weights(rows, parameters, ids, weights)
+        return cls.take(rows, parameters, kept.gather(1, rows.rank) | baseline)
 
     @classmethod
     def _num_baseline(cls, rows: Rows, parameters: Parameters) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import PAD, Parameters, Rows
+from .base import FREE, PAD, FreeSlots, Parameters, Rows
 from .table import PolicyTable
 
 
@@ -46,6 +46,7 @@ def reroute(
     *,
     renormalize: bool,
     scale: float = 1.0,
+    free_slots: FreeSlots = FreeSlots.IGNORED,
 ) -> Rerouted:
     """Re-route one MoE call whose rows follow different policies.
 
@@ -60,10 +61,13 @@ def reroute(
         policy_ids: integer ``[num_tokens]``, row of `table` per token; `PAD` marks padding.
         renormalize: whether the model normalises weights over the chosen experts.
         scale: the model's factor on raw gates where `renormalize` is false.
+        free_slots: the id of slots that hold no expert.
 
     Returns:
-        Vanilla rows bit for bit as they came; other rows hold ids in ``[0, num_experts)``
-        whatever the input; padded rows name one active expert at weight 0.
+        Vanilla rows bit for bit as they came. Other rows hold distinct experts in
+        ``[0, num_experts)`` whatever the input: where a policy sends several slots to one expert,
+        the first of them holds it, with their sum, and the others are free. Padded rows are free
+        in every slot.
     """
     live = policy_ids != PAD
     num_experts = scores.shape[1]
@@ -95,7 +99,7 @@ def reroute(
 
     new_ids, new_weights = topk_ids, topk_weights
     for index, policy in enumerate(table.kinds[1:], start=1):
-        chosen_ids, chosen_weights = policy.reroute(rows, parameters, union)
+        chosen_ids, chosen_weights = _merge(*policy.reroute(rows, parameters, union), free_slots)
         selected = (live & (kind == index))[:, None]
         new_ids = torch.where(selected, chosen_ids.to(topk_ids.dtype), new_ids)
         new_weights = torch.where(selected, chosen_weights.to(topk_weights.dtype), new_weights)
@@ -104,9 +108,9 @@ def reroute(
     final, base = final & live[:, None], base & live[:, None]
     kept = final.gather(1, ids.clamp(0, num_experts - 1)) | ~in_range | ~live[:, None]
     active = final.any(dim=0)
-    active_expert = union.int().argmax().to(topk_ids.dtype)  # required experts stay active
+    padding = FREE if free_slots is FreeSlots.IGNORED else union.int().argmax().to(topk_ids.dtype)
     return Rerouted(
-        topk_ids=torch.where(live[:, None], new_ids, active_expert),
+        topk_ids=torch.where(live[:, None], new_ids, padding),
         topk_weights=torch.where(live[:, None], new_weights, 0.0),
         union=union,
         active=active.sum(),
@@ -134,6 +138,19 @@ def _preference(scores: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     order = (key + (is_base.long() << 33)).argsort(dim=1, descending=True, stable=True)
     places = torch.arange(num_experts, device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places), order, is_base
+
+
+def _merge(ids: Tensor, weights: Tensor, free_slots: FreeSlots) -> tuple[Tensor, Tensor]:
+    """Gather what several slots of a row give one expert in the first of them; the others are free.
+
+    Both ``[num_tokens, top_k]``. The first slot of a row is never free.
+    """
+    same = ids[:, :, None] == ids[:, None, :]  # [num_tokens, top_k, top_k]
+    total = torch.where(same, weights[:, None, :], 0.0).sum(dim=2)
+    weights = torch.where(same.sum(dim=2) > 1, total, weights)
+    is_free = same.tril(diagonal=-1).any(dim=2)
+    free_id = FREE if free_slots is FreeSlots.IGNORED else ids[:, :1]
+    return torch.where(is_free, free_id, ids), torch.where(is_free, 0.0, weights)
 
 
 def _look_up(table: PolicyTable, policy_ids: Tensor, live: Tensor) -> tuple[Tensor, Parameters]:

@@ -14,6 +14,11 @@ from torch import Tensor
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 
+FAINTEST = -80.0
+"""Logit, under softmax relative to the row's largest, below which the gate is 0. Just beyond it
+float32 underflows, at a point that depends on the device; this one is the same on all."""
+
+
 @dataclass(frozen=True)
 class Router:
     """How a model turns router logits into experts and weights.
@@ -46,7 +51,8 @@ class Router:
             ``(scores, gates)``, float32 ``[num_tokens, num_experts]``. Where the gate is a
             monotone function of the logit, scores are the logits themselves, so that ranks are
             exact on every device. Experts outside a row's best groups score -inf and have gate
-            0, as have experts with a NaN logit (which keep their NaN score).
+            0, as have experts with a NaN logit (which keep their NaN score) and those whose
+            logit is below `FAINTEST`.
         """
         logits = logits.float()
         gates = self._gates(logits)
@@ -63,10 +69,13 @@ class Router:
         finite = torch.finfo(torch.float32)
         logits = logits.nan_to_num(nan=-torch.inf, posinf=finite.max, neginf=-torch.inf)
         if self.scoring == "softmax":
-            return logits.softmax(dim=1).nan_to_num(nan=0.0)  # a row of -inf alone has no mass
-        if self.scoring == "sigmoid":
-            return logits.sigmoid()
-        return torch.nn.functional.softplus(logits).sqrt()
+            gates = logits.softmax(dim=1).nan_to_num(nan=0.0)  # a row of -inf alone has no mass
+            logits = logits - logits.amax(dim=1, keepdim=True)
+        elif self.scoring == "sigmoid":
+            gates = logits.sigmoid()
+        else:
+            gates = torch.nn.functional.softplus(logits).sqrt()
+        return torch.where(logits < FAINTEST, 0.0, gates)
 
     def _allowed(self, scores: Tensor, chosen: Tensor | None) -> Tensor:
         """bool ``[num_tokens, num_experts]``: experts of each row's best groups, and `chosen`."""

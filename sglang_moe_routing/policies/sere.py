@@ -16,8 +16,8 @@ class SERE(Policy):
 
     A token's first `num_primary` experts (the paper's S) stay. Each other slot keeps its expert
     if the batch loads it, else moves to the loaded expert with the highest similarity; if that
-    is below `threshold` (rho) the slot's own expert is critical and stays. Slot weights are
-    unchanged. Ties go to the lowest expert id.
+    is below `threshold` (rho) the slot's own expert is critical and stays. Weights move with
+    their slots: an expert on which several end weighs their sum. Ties go to the lowest expert id.
     """
 
     kind: Literal["sere"] = "sere"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sglang_moe_routing import kernels
 from sglang_moe_routing.kernels import KernelTable, compile_table, native
-from sglang_moe_routing.policies import PAD, PolicyTable, Rerouted, Router, reroute
+from sglang_moe_routing.policies import PAD, FreeSlots, PolicyTable, Rerouted, Router, reroute
 from tests.cases import Case, assert_close, policy_ids, table_of
 from tests.kernels import building
 from tests.kernels.driver import Driver, Outcome, apart, assert_gaps_untouched, build_driver
@@ -36,6 +36,7 @@ class Call:
     topk_ids: Tensor | None = None
     topk_weights: Tensor | None = None
     gates: Tensor | None = None
+    free_slots: FreeSlots = FreeSlots.IGNORED
     seed: int = 0
     """Order of threads on the simulator."""
 
@@ -100,7 +101,15 @@ def ask_reference(call: Call) -> Outcome:
         ids, weights = engine_choice(scores, gates, call.top_k, router)
     plan, renormalize, scale = call.policy_ids, router.renormalize, router.scale
     got = reroute(
-        scores, gates, ids, weights, plan, call.table, renormalize=renormalize, scale=scale
+        scores,
+        gates,
+        ids,
+        weights,
+        plan,
+        call.table,
+        renormalize=renormalize,
+        scale=scale,
+        free_slots=call.free_slots,
     )
     return as_outcome(got, int((plan != PAD).sum()))
 
@@ -150,7 +159,13 @@ class Compiled:
             outputs = self._run_out(call, plan, table, statistics, out_gap, in_place)
         elif call.topk_ids is None or call.topk_weights is None:
             outputs = kernels.fused(
-                call.scores, plan, table, call.router, call.top_k, statistics=statistics
+                call.scores,
+                plan,
+                table,
+                call.router,
+                call.top_k,
+                statistics=statistics,
+                free_slots=call.free_slots,
             )
         else:
             outputs = kernels.refine(
@@ -162,6 +177,7 @@ class Compiled:
                 call.router,
                 gates=call.gates,
                 statistics=statistics,
+                free_slots=call.free_slots,
             )
         ids, weights, union = (tensor.cpu() for tensor in outputs)
         return Outcome(ids, weights, union, statistics.tolist(), num_launches=0)
@@ -196,6 +212,7 @@ class Compiled:
         union = torch.ones(num_experts, dtype=torch.bool, device=self.device)
         outputs = {"out_ids": out_ids, "out_weights": out_weights, "out_union": union}
         outputs |= {"statistics": statistics, "workspace": kernels.workspace(self.device)}
+        outputs |= {"free_slots": call.free_slots}
         if ids is None:
             kernels.fused_out(call.scores, plan, table, call.router, **outputs)
         else:
@@ -233,6 +250,7 @@ class Simulated:
             top_groups=1 if is_given else router.top_groups,
             renormalize=router.renormalize,
             scale=router.scale,
+            free_slots=call.free_slots,
             out_gap=out_gap,
             in_place=in_place,
         )

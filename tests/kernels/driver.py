@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sglang_moe_routing.kernels import KernelTable
+from sglang_moe_routing.policies import FreeSlots
 from tests.kernels import building
 
 HERE = Path(__file__).parent
@@ -85,6 +86,7 @@ class Driver:
         top_groups: int = 1,
         renormalize: bool = True,
         scale: float = 1.0,
+        free_slots: FreeSlots = FreeSlots.IGNORED,
         counts: bool = True,
         out_gap: int = 0,
         in_place: bool = False,
@@ -105,7 +107,7 @@ class Driver:
         weight_type = torch.float32 if topk_weights is None else topk_weights.dtype
         num_policies, num_steps, _ = table.policies.shape
         header = struct.pack(
-            "=11if13i",
+            "=11if14i",
             BACKENDS.index(backend),
             seed,
             num_rows,
@@ -128,6 +130,7 @@ class Driver:
             num_policies,
             num_steps,
             table.similarity.shape[0],
+            free_slots,
             counts,
             out_gap,
             in_place,

@@ -31,7 +31,7 @@ struct Header {
   int32_t score_type, score_stride, scoring, num_groups, top_groups, renormalize;
   float scale;
   int32_t has_gates, has_bias, has_choice, ids_are_wide, id_stride, weight_type, weight_stride;
-  int32_t num_policies, num_steps, num_artifacts, counts;
+  int32_t num_policies, num_steps, num_artifacts, free_slots, counts;
   int32_t out_gap, in_place;
 };
 
@@ -126,6 +126,7 @@ void serve(const Header& h) {
   call.num_policies = h.num_policies;
   call.num_steps = h.num_steps;
   call.similarity = as<float>(similarity);
+  call.free_slots = static_cast<FreeSlots>(h.free_slots);
   call.out_ids = {own_ids.get(), out_stride, h.ids_are_wide != 0};
   call.out_weights = {own_weights.get(), out_stride, weight_type};
   if (h.in_place) {

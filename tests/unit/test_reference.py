@@ -82,7 +82,7 @@ def test_oea_in_all_its_forms_gives_what_the_oracle_gives(case: Case) -> None:
     got, expected = run(case), ask_oracle(case)
     assert got.topk_ids.tolist() == expected.ids.tolist()
     assert_close(got.topk_weights, torch.from_numpy(expected.weights))
-    assert got.active.item() == got.union.sum().item()
+    assert got.active.item() == (got.union.sum() + got.critical).item()
 
 
 @brief

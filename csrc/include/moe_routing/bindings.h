@@ -122,6 +122,12 @@ inline Scoring scoring_of(int64_t value) {
   return static_cast<Scoring>(value);
 }
 
+inline FreeSlots free_slots_of(int64_t value) {
+  check(value >= 0 && value <= static_cast<int64_t>(FreeSlots::repeat_first), "free_slots",
+        "0 or 1");
+  return static_cast<FreeSlots>(value);
+}
+
 inline void check_limits(const Call& call) {
   check(call.num_experts >= 1 && call.num_experts <= kMaxExperts, "scores", "1 to 512 experts");
   check(call.top_k >= 1 && call.top_k <= kMaxTopK, "out_ids", "a top_k of 1 to 16");
@@ -144,7 +150,8 @@ inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<Te
                       TensorView policy_ids, TensorView policies, TensorView similarity,
                       TensorView out_ids, TensorView out_weights, TensorView out_union,
                       Optional<TensorView> statistics, int64_t scoring,
-                      int64_t num_groups, int64_t top_groups, bool renormalize, double scale) {
+                      int64_t num_groups, int64_t top_groups, bool renormalize, double scale,
+                      int64_t free_slots) {
   check_dimensions(scores, "scores", 2);
   check_dimensions(out_ids, "out_ids", 2);
   check_dimensions(policies, "policies", 3);
@@ -171,6 +178,7 @@ inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<Te
   call.top_groups = static_cast<int32_t>(top_groups);
   call.renormalize = renormalize;
   call.scale = static_cast<float>(scale);
+  call.free_slots = free_slots_of(free_slots);
   check(topk_ids.has_value() == topk_weights.has_value(), "topk_weights",
         "a tensor if and only if topk_ids is one");
   call.chooses = !topk_ids.has_value();

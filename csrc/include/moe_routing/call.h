@@ -21,6 +21,7 @@ constexpr int kMaxGroups = 32;
 constexpr int kQuanta = 65536;   // most demand of one row for one expert
 constexpr int kMaxRows = 65535;  // of a call: their demand for one expert fits 32 bits
 constexpr int kPad = -1;         // policy id of a padded row
+constexpr int kFree = -1;        // id of a slot without an expert, within and under FreeSlots::ignored
 constexpr int kUnionWords = kMaxExperts / 32;
 
 enum class FloatType : int32_t { float32, bfloat16, float16 };
@@ -29,6 +30,10 @@ enum class Kind : int32_t { vanilla, topk, oea, sere, budget };
 
 // From logits to gates. `given`: scores and gates both come from the caller.
 enum class Scoring : int32_t { softmax, sigmoid, sqrtsoftplus, given };
+
+// The id of a slot without an expert: -1, which the engine's MoE runner skips, or the expert of the
+// row's first slot.
+enum class FreeSlots : int32_t { ignored, repeat_first };
 
 // What one policy does at one step of the number of live rows: twelve 32-bit words of the policy
 // table, an int32 tensor [num_policies, num_steps, 12].
@@ -91,6 +96,7 @@ struct Call {
   int32_t num_policies = 0;
   const float* similarity = nullptr;  // [num_artifacts, num_experts, num_experts]
 
+  FreeSlots free_slots = FreeSlots::ignored;
   IdRows out_ids;         // written; may be topk_ids itself
   FloatRows out_weights;  // written; may be topk_weights itself
   uint8_t* out_union = nullptr;           // [num_experts], 1 for experts that some row requires

@@ -64,6 +64,10 @@ struct Softmax {
   float inverse_total = 1.0f;
 };
 
+// Logit, under softmax relative to the row's largest, below which the gate is 0. Just beyond it
+// float32 underflows, at a point that depends on the device; this one is the same on all.
+constexpr float kFaintest = -80.0f;
+
 enum class Experts { before, after };  // of the re-routing
 
 MOE_ROUTING_FN int popcount(unsigned bits) {
@@ -85,10 +89,10 @@ MOE_ROUTING_FN int lowest_bit(unsigned bits) {
 // The combine weight of an expert before any normalisation over the chosen ones.
 MOE_ROUTING_OUTLINED_FN float gate_of_logit(Scoring scoring, float logit, const Softmax& softmax) {
   if (is_nan(logit)) return 0.0f;
-  const float x = logit < kLargest ? logit : kLargest;
-  if (scoring == Scoring::softmax) {
-    return softmax.top >= -kLargest ? exponential(x - softmax.top) * softmax.inverse_total : 0.0f;
-  }
+  float x = logit < kLargest ? logit : kLargest;
+  if (scoring == Scoring::softmax) x -= softmax.top;
+  if (!(x >= kFaintest)) return 0.0f;  // NaN: nothing but -inf in the row
+  if (scoring == Scoring::softmax) return exponential(x) * softmax.inverse_total;
   if (scoring == Scoring::sigmoid) return 1.0f / (1.0f + exponential(-x));
   return sqrtf(x > 20.0f ? x : log1pf(exponential(x)));
 }
@@ -193,15 +197,21 @@ MOE_ROUTING_FN int decide(Row& row, typename Row::Ints& order) {
   return guaranteed;
 }
 
-// The weights that the model gives the first `n` experts of `ids`; 0 in the other slots.
+// The weights that the model gives experts with these gates.
 template <class Row>
-MOE_ROUTING_FN typename Row::Floats weigh(Row& row, const typename Row::Ints& ids, int n) {
+MOE_ROUTING_FN typename Row::Floats weigh(Row& row, const typename Row::Floats& gates) {
   const Call& call = row.call();
-  const auto gates = row.gates_of(ids, n);
   if (!call.renormalize) return gates * call.scale;
   const float total = row.sum(gates);
   const float wanted = call.chooses ? call.scale : row.sum(row.base_weights());
   return total > 0.0f ? gates / total * wanted : gates;
+}
+
+// The weights of the row's own choice.
+template <class Row>
+MOE_ROUTING_FN typename Row::Floats weigh_base(Row& row, const typename Row::Ints& base) {
+  if (!row.call().chooses) return row.base_weights();
+  return weigh(row, row.gates_of(base, row.call().top_k));
 }
 
 // Count the experts that the row had and has, and the slots whose expert it no longer uses.
@@ -251,15 +261,21 @@ MOE_ROUTING_FN int piggyback(Row& row, const typename Row::Ints& order, int guar
   return n;
 }
 
-// SERE: a slot whose expert nobody loads moves to the most similar expert of U, unless that is not
-// similar enough. A row's first S experts are in U, so they stay by themselves.
+// The slots that the row came with; an invalid id becomes `first`, and weighs nothing.
 template <class Row>
-MOE_ROUTING_FN typename Row::Ints stand_ins(Row& row, const typename Row::Ints& base, int first) {
+MOE_ROUTING_FN typename Row::Ints own_slots(Row& row, const typename Row::Ints& base, int first) {
   typename Row::Ints ids = base;
   const unsigned invalid = row.which([&](int t) { return row.at(base, t) < 0; });
   for (int t = 0; invalid >> t != 0; ++t) {
     if (invalid >> t & 1u) row.put(ids, t, first);
   }
+  return ids;
+}
+
+// SERE: a slot whose expert nobody loads moves to the most similar expert of U, unless that is not
+// similar enough. A row's first S experts are in U, so they stay by themselves.
+template <class Row>
+MOE_ROUTING_FN void move_to_stand_ins(Row& row, typename Row::Ints& ids) {
   const unsigned homeless = row.which([&](int t) { return !row.in_union(row.at(ids, t)); });
   MOE_ROUTING_ROLLED
   for (int t = 0; homeless >> t != 0; ++t) {
@@ -267,32 +283,46 @@ MOE_ROUTING_FN typename Row::Ints stand_ins(Row& row, const typename Row::Ints& 
     const Neighbour nearest = row.nearest(row.get(ids, t));
     if (!(nearest.similarity < row.policy().threshold)) row.put(ids, t, nearest.id);
   }
-  return ids;
 }
 
-// Blends into `chosen`, the weights of the first `n` of `ids`, the weights of the router's own
-// choice `base`, each on its own expert or on the most similar one that the row has.
+// The first of the slots that name one expert takes the weight of them all; the others are free.
+template <class Row>
+MOE_ROUTING_FN void merge(Row& row, typename Row::Ints& ids, typename Row::Floats& weights) {
+  MOE_ROUTING_ROLLED
+  for (int t = 1; t < row.call().top_k; ++t) {
+    const int expert = row.get(ids, t);
+    const unsigned before = row.which([&](int s) { return s < t && row.at(ids, s) == expert; });
+    if (before == 0) continue;
+    const int first = lowest_bit(before);
+    row.put(weights, first, row.get(weights, first) + row.get(weights, t));
+    row.put(weights, t, 0.0f);
+    row.put(ids, t, kFree);
+  }
+}
+
+// Blends into `chosen`, the weights of the first `n` of `ids`, `own`, the weights of the router's
+// own choice `base`, each on its own expert or on the most similar one that the row has.
 template <class Row>
 MOE_ROUTING_FN typename Row::Floats map_weights(Row& row, const typename Row::Ints& base,
+                                                const typename Row::Floats& own,
                                                 const typename Row::Ints& ids, int n,
                                                 const typename Row::Floats& chosen) {
-  const int k = row.call().top_k;
   const float share = row.policy().mapped_share;
-  const auto own = (row.call().chooses ? weigh(row, base, k) : row.base_weights()) * share;
+  const auto mapped = own * share;
   auto weights = chosen * (1.0f - share);
   MOE_ROUTING_ROLLED
-  for (int t = 0; t < k; ++t) {
+  for (int t = 0; t < row.call().top_k; ++t) {
     const int expert = row.get(base, t);
     if (expert < 0) continue;
     const unsigned kept = row.which([&](int s) { return s < n && row.at(ids, s) == expert; });
     const int slot = kept != 0 ? lowest_bit(kept) : row.nearest_slot(expert, ids, n);
-    row.put(weights, slot, row.get(weights, slot) + row.get(own, t));
+    row.put(weights, slot, row.get(weights, slot) + row.get(mapped, t));
   }
   return weights;
 }
 
-// Pass 2. `order` and `guaranteed` are what `decide` made of the row. Free slots repeat the first
-// expert at weight 0, so that a filler never activates an expert.
+// Pass 2. `order` and `guaranteed` are what `decide` made of the row. The row ends with distinct
+// experts; its first slot always holds one. A row whose experts have no weight keeps its base.
 template <class Row>
 MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, int guaranteed) {
   const Call& call = row.call();
@@ -306,16 +336,29 @@ MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, int guaran
   const bool piggybacks = kind == Kind::oea || kind == Kind::budget;
   if (piggybacks || call.num_groups > 1) row.open();
   typename Row::Ints ids = order;
-  int n = kind == Kind::topk ? guaranteed : call.top_k;
+  int n = kind == Kind::topk ? guaranteed : kind == Kind::sere ? 0 : call.top_k;
   if (piggybacks) n = piggyback(row, order, guaranteed, ids);
-  if (n == 0) n = 1;  // a budget row whose call demands nothing keeps its first expert
-  const bool keeps_weights = kind == Kind::sere && !call.chooses;
-  auto weights = keeps_weights ? row.base_weights() : weigh(row, ids, n);
-  if (maps_weights(row)) weights = map_weights(row, base, ids, n, weights);
-  const int first = row.get(ids, 0);
-  if (kind == Kind::sere) ids = stand_ins(row, base, first);
+  const auto gates = row.gates_of(ids, n);
+  auto weights = weigh(row, gates);
+  const bool has_weight = row.which([&](int t) { return row.at(gates, t) > 0.0f; }) != 0;
+  if (!has_weight || maps_weights(row)) {
+    const auto own = weigh_base(row, base);
+    if (!has_weight) {  // nor has any row under sere, which starts from its base
+      n = call.top_k;
+      ids = own_slots(row, base, row.get(order, 0));
+      weights = own;
+      if (kind == Kind::sere) move_to_stand_ins(row, ids);
+      merge(row, ids, weights);
+    } else {
+      weights = map_weights(row, base, own, ids, n, weights);
+    }
+  }
   tally(row, base, ids, n);
-  row.write([&](int t) { return Expert{t < n ? row.at(ids, t) : first, row.at(weights, t)}; });
+  const int free_id = call.free_slots == FreeSlots::ignored ? kFree : row.get(ids, 0);
+  row.write([&](int t) {
+    const bool is_free = t >= n || row.at(ids, t) < 0;
+    return Expert{is_free ? free_id : row.at(ids, t), row.at(weights, t)};
+  });
 }
 
 }  // namespace moe_routing
