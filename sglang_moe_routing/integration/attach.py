@@ -30,8 +30,8 @@ from ..kernels import (
     unsupported,
     with_room,
 )
-from ..policies import FreeSlots, PolicyTable, Router, build_table
-from . import environment
+from ..policies import PolicyTable, Router, build_table
+from . import environment, runners
 from .cpu_platform.experts import RUNNER
 from .definitions import Definition
 from .refusals import replays_decode_steps
@@ -188,7 +188,7 @@ def _make_layer(
         num_experts=num_experts,
         top_k=top_k,
         router=router,
-        free_slots=FreeSlots.IGNORED,
+        free_slots=runners.free_slots(experts, where),
         table=table,
         kernel_table=_compile(runtime, table) if is_native else None,
         union=torch.zeros(num_experts, dtype=torch.bool, device=device),

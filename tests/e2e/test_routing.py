@@ -240,12 +240,12 @@ def test_mixed_chunks_and_retraction_keep_rows_right(
     assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
 
 
-def test_returned_routed_experts_are_those_that_ran(stressed: Running) -> None:
+@pytest.mark.parametrize("policy", ["vanilla", "topk-k3", "oea-k3", "sere-s2"])
+def test_returned_routed_experts_replay_those_that_ran(stressed: Running, policy: str) -> None:
+    """As replay in training does: ids to gather by, and the mask of a token's experts."""
     answers: list[dict[str, Any]] = []
     calls = stressed.record(
-        lambda: answers.extend(
-            generate_all(stressed.url, ["topk-k3"], 4, return_routed_experts=True)
-        )
+        lambda: answers.extend(generate_all(stressed.url, [policy], 4, return_routed_experts=True))
     )
     info = answers[0]["meta_info"]
     returned = np.frombuffer(base64.b64decode(info["routed_experts"]), dtype=np.int32)
@@ -253,7 +253,19 @@ def test_returned_routed_experts_are_those_that_ran(stressed: Running) -> None:
     decode = [call for call in calls if call["phase"] == "DECODE"]
     steps = [decode[i : i + 4] for i in range(0, len(decode), 4)]
     ran = np.array([[call["final_ids"][0] for call in step] for step in steps])
-    assert np.array_equal(returned[-len(ran) :], ran)
+    logits = np.array([[call["router_logits"][0] for call in step] for step in steps])
+    replayed = returned[-len(ran) :]
+    assert policy != "topk-k3" or (ran == -1).any()
+
+    scores = np.take_along_axis(logits, replayed, axis=2)  # raises for an id that is no expert
+    mask = np.zeros(logits.shape, dtype=bool)
+    np.put_along_axis(mask, replayed, True, axis=2)
+    assert scores.shape == ran.shape
+    assert replayed.min() >= 0
+    for step, layer in np.ndindex(ran.shape[:2]):
+        row = ran[step, layer]
+        assert set(mask[step, layer].nonzero()[0]) == set(row[row >= 0])
+        assert (replayed[step, layer][row < 0] == row[0]).all()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from ..hooking import Hook, Symbol
 from . import (
+    capture,
     endpoints,
     forcing,
     forward,
@@ -19,6 +20,7 @@ from . import (
 
 HOOKS: tuple[Hook, ...] = (
     topk.HOOK,
+    capture.HOOK,
     forward_batch.HOOK,
     forward.HOOK,
     graphs.CAPTURE,
@@ -44,6 +46,10 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.srt.layers.moe.topk.TopKOutputFormat"),
     Symbol("sglang.srt.layers.moe.hash_topk.HashTopK"),
     Symbol("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE"),
+    Symbol("sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.run_moe_core"),
+    Symbol("sglang.srt.layers.moe.utils.get_moe_runner_backend", ()),
+    Symbol("sglang.srt.runtime_context.get_exec", ()),
+    Symbol("sglang.srt.state_capturer.routed_experts.get_global_experts_capturer", ()),
     Symbol(
         "sglang.srt.managers.schedule_batch.Req.set_finish_with_abort",
         ("self", "error_msg", "status_code", "err_type"),

@@ -1,0 +1,352 @@
+"""SGLang's MoE runners: which ids each takes in the slots that hold no expert.
+
+Final rows hold distinct experts, so that slots are left over. What stands in them is chosen here
+for every layer when the model is loaded. A runner, or a kind of experts, that is not listed was
+not read: it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.utils import get_moe_runner_backend
+from sglang.srt.runtime_context import get_exec
+from sglang.srt.utils.common import is_sm120
+
+from ..errors import EngineError
+from ..policies import FreeSlots
+from . import environment
+from .cpu_platform.experts import RUNNER
+
+
+@dataclass(frozen=True)
+class Source:
+    """A line that shows what a runner does.
+
+    Attributes:
+        path: file below site-packages, of SGLang 0.5.23 or flashinfer 0.7.2.
+        line: its number, from 1.
+        text: a part of it.
+    """
+
+    path: str
+    line: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What runs the experts of a layer.
+
+    Attributes:
+        name: its value of ``--moe-runner-backend``; a name of ours where a kind of experts calls
+            its kernels by itself.
+        skips_free: whether a slot with id -1 loads no expert and adds nothing.
+        takes_repeats: whether a row may name an expert in several slots.
+        refused: why no layer may run on it; empty where layers may.
+        sources: what shows the first two.
+    """
+
+    name: str
+    skips_free: bool = False
+    takes_repeats: bool = False
+    refused: str = ""
+    sources: tuple[Source, ...] = ()
+
+
+_OPS = "sglang/kernels/ops/moe"
+_JIT = "sglang/kernels/jit/csrc"
+_LAYERS = "sglang/srt/layers"
+_FUSED = "flashinfer/data/csrc/fused_moe"
+_ROUTING = "flashinfer/data/include/flashinfer/trtllm/fused_moe/RoutingKernel.cuh"
+
+_ALIGN = (
+    Source(f"{_JIT}/moe/moe_align_kernel.cu", 59, "expert_id = topk_ids[i] + 1"),
+    Source(f"{_OPS}/moe_align_small_numel.py", 44, "expert -1 (EP-filtered) maps to bucket 0"),
+)
+_TRTLLM = (
+    Source(
+        f"{_FUSED}/trtllm_backend/trtllm_fused_moe_routing_custom.cuh",
+        126,
+        "if (expertIdx > -1 && expertIdx < params.mNumExperts)",
+    ),
+    Source(_ROUTING, 1087, "isLocalExpert ? atomicAdd"),
+    Source(
+        f"{_FUSED}/trtllm_backend/trtllm_fused_moe_dev_kernel.cu", 911, "if (permutedIdx == -1)"
+    ),
+    Source(
+        f"{_FUSED}/trtllm_backend/trtllm_fused_moe_routing_custom.cuh",
+        162,
+        "when duplicate expert IDs appear, multiple",
+    ),
+)
+_CUTLASS = (
+    Source(
+        f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh",
+        2006,
+        "if (expert_id < 0 || expert_id >= num_experts_per_node)",
+    ),
+    Source(
+        f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh",
+        452,
+        "expert >= start_expert && expert < end_expert",
+    ),
+    Source(f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh", 689, "break;"),
+)
+
+_PLATFORM = "its platform is not supported"
+_LORA = "LoRA's own runners were not read"
+
+RUNNERS: Mapping[str, Runner] = {
+    runner.name: runner
+    for runner in (
+        Runner(
+            "triton",
+            skips_free=True,
+            takes_repeats=True,
+            sources=(
+                *_ALIGN,
+                Source(f"{_OPS}/fused_moe_triton_kernels.py", 461, "inactive_expert = off_experts"),
+                Source(f"{_OPS}/fused_moe_triton_kernels.py", 193, "including without EP"),
+            ),
+        ),
+        Runner(
+            "deep_gemm",
+            skips_free=True,
+            sources=(
+                Source(f"{_OPS}/ep_moe_kernels.py", 1628, "(expert >= 0) & (expert < num_experts)"),
+                Source(f"{_OPS}/ep_moe_kernels.py", 1194, "valid = (expert_id >= 0)"),
+                Source(f"{_OPS}/ep_moe_kernels.py", 1045, "if dst_idx >= 0"),
+                Source(f"{_OPS}/ep_moe_kernels.py", 1612, "Each token picks top_k distinct"),
+            ),
+        ),
+        Runner(
+            "marlin",
+            skips_free=True,
+            takes_repeats=True,
+            sources=(
+                *_ALIGN,
+                Source(f"{_JIT}/moe/align_single_token.cuh", 47, "other == my_id && j < lane"),
+                Source(
+                    f"{_JIT}/gemm/marlin_moe/marlin_template.h",
+                    431,
+                    "parallel -= inactive_prefix_blocks",
+                ),
+                Source(
+                    f"{_JIT}/gemm/marlin_moe/marlin_template.h",
+                    461,
+                    "num_invalid_blocks += expert_ids_ptr[i] == -1",
+                ),
+            ),
+        ),
+        Runner(
+            "cutlass",
+            skips_free=True,
+            takes_repeats=True,
+            sources=(
+                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", 91, "= -1;"),
+                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", 87, "atomicAdd(&cursor, 1)"),
+                Source(f"{_JIT}/moe/shuffle_weighted_sum.cuh", 47, "active = row >= 0"),
+            ),
+        ),
+        Runner(
+            "cutlass_w4a8",
+            skips_free=True,
+            takes_repeats=True,
+            sources=(
+                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", 87, "atomicAdd(&cursor, 1)"),
+                Source(f"{_OPS}/ep_moe_kernels.py", 335, "if (expert_id >= 0)"),
+                Source(f"{_OPS}/ep_moe_kernels.py", 949, "if (expert_id >= 0)"),
+            ),
+        ),
+        Runner("flashinfer_cutlass", skips_free=True, sources=_CUTLASS),
+        Runner("flashinfer_trtllm", skips_free=True, sources=_TRTLLM),
+        Runner("flashinfer_trtllm_routed", skips_free=True, sources=_TRTLLM),
+        Runner("flashinfer_mxfp4", skips_free=True, sources=(*_CUTLASS, *_TRTLLM)),
+        Runner(
+            "flashinfer_cutedsl",
+            skips_free=True,
+            takes_repeats=True,
+            sources=(
+                Source("flashinfer/data/csrc/moe_utils_binding.cu", 379, "mPtrTopKIds ="),
+                Source(_ROUTING, 365, "isLocalExpert ? atomicAdd"),
+                Source(
+                    "flashinfer/data/csrc/nv_internal/tensorrt_llm/kernels/cuteDslKernels/"
+                    "moeUtils.cu",
+                    186,
+                    "if (permuted_idx < 0)",
+                ),
+            ),
+        ),
+        Runner(
+            "humming",
+            skips_free=True,
+            takes_repeats=True,
+            sources=(
+                Source(f"{_LAYERS}/moe/moe_runner/humming.py", 515, "ignore_invalid_expert=True"),
+                Source(f"{_JIT}/moe/moe_permute_prepare.cu", 49, "independently of EP"),
+                Source(f"{_OPS}/moe_fused_mul_sum.py", 61, "expert_mask = id_val >= 0"),
+            ),
+        ),
+        Runner(
+            "gguf",
+            skips_free=True,
+            takes_repeats=True,
+            sources=(
+                Source(
+                    "sglang/kernels/jit/include/sgl_kernel/quantization/gguf/moe_vec.cuh",
+                    27,
+                    "if (expert < 0)",
+                ),
+                Source(f"{_LAYERS}/quantization/gguf.py", 290, "pad_expert_ids=_is_cuda"),
+                Source(f"{_OPS}/gguf_moe_weights.py", 26, "active = tl.load(expert_ids"),
+            ),
+        ),
+        Runner(environment.PLATFORM, skips_free=True, takes_repeats=True),
+        Runner("triton_kernel", refused="it routes inside its kernel"),
+        Runner(
+            "cpu",
+            refused="SGLang's own experts for CPUs take neither -1 nor an expert twice",
+            sources=(Source(f"{_LAYERS}/moe/fused_moe_native.py", 77, "cnts.scatter_(1,"),),
+        ),
+        Runner("flashinfer_megamoe", refused="rows are sharded before the routing is applied"),
+        Runner("hpc_ops", refused="its package `hpc` was not read"),
+        Runner("ascend", refused=_PLATFORM),
+        Runner("aiter", refused=_PLATFORM),
+        Runner("intel_xpu", refused=_PLATFORM),
+        Runner("lora_cutedsl", refused=_LORA),
+        Runner("lora_triton", refused=_LORA),
+        Runner("lora_marlin", refused=_LORA),
+        Runner("experimental_sgl_trtllm", refused=_LORA),
+        Runner("experimental_sgl_marlin", refused=_LORA),
+    )
+}
+"""By name. Each `MoeRunnerBackend` of SGLang has its entry, but ``auto``."""
+
+EXPERTS: Mapping[str, str] = {
+    "UnquantizedFusedMoEMethod": "",
+    "Fp8MoEMethod": "",
+    "ModelOptFp8MoEMethod": "",
+    "ModelOptNvFp4FusedMoEMethod": "",
+    "ModelOptNvFp4OnlineFusedMoEMethod": "",
+    "Mxfp4MoEMethod": "",
+    "Mxfp4FlashinferCutlassMoEMethod": "",
+    "Mxfp4FlashinferTrtllmMoEMethod": "",
+    "Mxfp4MarlinMoEMethod": "",
+    "Mxfp4HummingMoEMethod": "",
+    "HummingMoEMethod": "",
+    "BlockInt8MoEMethod": "",
+    "W8A8FP8MoEMethod": "",
+    "W8A8Int8MoEMethod": "",
+    "MoeWNA16Method": "",
+    "AWQMoEScheme": "",
+    "GPTQMarlinMoEScheme": "",
+    "CompressedTensorsW8A8Fp8MoE": "",
+    "CompressedTensorsW4A16Nvfp4MoE": "",
+    "CompressedTensorsW4A4Nvfp4MoE": "",
+    "MiniMaxM3Nvfp4MoE": "",
+    "CompressedTensorsWNA16MoE": "",
+    "CompressedTensorsWNA16TritonMoE": "",
+    "QuarkW8A8FP8MoE": "",
+    "BitsAndBytesMoEMethod": "triton",
+    "GGUFMoEMethod": "gguf",
+    "W4AFp8MoEMethod": "cutlass_w4a8",
+    "CompressedTensorsW4AFP8MoE": "cutlass_w4a8",
+}
+"""SGLang's quantisation methods and schemes that were read, with the runner that those call which
+name none."""
+
+_DELEGATES = (
+    "AWQMoEMethod",
+    "GPTQMarlinMoEMethod",
+    "CompressedTensorsFusedMoEMethod",
+    "QuarkFusedMoEMethod",
+)
+"""Methods that leave everything to the layer's scheme."""
+
+
+def free_slots(experts: FusedMoE, where: str) -> FreeSlots:
+    """What stands in the free slots of a loaded layer's rows.
+
+    Raises:
+        EngineError: nothing that the layer's runner takes, or a runner that was not read.
+    """
+    runner = _find(experts, where)
+    if _ids_are_mapped() and not runner.takes_repeats:
+        raise EngineError(
+            f"{where}: an expert dispatch algorithm maps ids after the routing, and MoE runner "
+            f"{runner.name} takes no expert twice; unset --ep-dispatch-algorithm and "
+            "--init-expert-location, or add --moe-runner-backend triton"
+        )
+    ignored = runner.skips_free and not _ids_are_mapped()
+    return FreeSlots.IGNORED if ignored else FreeSlots.REPEAT_FIRST
+
+
+def _find(experts: FusedMoE, where: str) -> Runner:
+    method = _name(_method(experts))
+    if method not in EXPERTS or type(experts).run_moe_core is not FusedMoE.run_moe_core:
+        own = method if method not in EXPERTS else _name(experts)
+        raise EngineError(
+            f"{where}: experts that {own} runs were never read with routing policies in mind; "
+            f"serve a checkpoint in another format, or unset {environment.CONFIG}"
+        )
+    name = runner_name(experts)
+    runner = RUNNERS.get(name)
+    requested = RUNNERS.get(get_moe_runner_backend().value)
+    if requested is not None and requested.refused == _LORA:
+        runner = requested
+    problem = "it was not read" if runner is None else runner.refused
+    if not problem and _reads_every_id(experts, method, name):
+        problem = "its kernel for few rows reads every id and the one for many takes no repeats"
+    if problem or runner is None:
+        remedy = "marlin" if "fp4" in method.lower() else "triton"
+        raise EngineError(
+            f"{where}: MoE runner {runner.name if runner else name}: {problem}; "
+            f"add --moe-runner-backend {remedy}"
+        )
+    return runner
+
+
+def runner_name(experts: FusedMoE) -> str:
+    """The runner that a loaded layer uses, whatever was asked for on the command line."""
+    if getattr(experts, RUNNER, None) is not None:
+        return environment.PLATFORM
+    if next(experts.parameters()).device.type == "cpu":
+        return "cpu"
+    for part in ("fused_func", "runner_core"):
+        found = getattr(experts.runner, part, None)
+        if found is not None and not _is_sglang(found):
+            return _name(found)
+    direct = EXPERTS.get(_name(_method(experts)))
+    return direct or str(getattr(experts.runner_backend, "value", None))
+
+
+def _method(experts: FusedMoE) -> Any:
+    method = experts.quant_method
+    return experts.scheme if _name(method) in _DELEGATES else method
+
+
+def _name(thing: Any) -> str:
+    """The name of SGLang's functions and classes; with the module for those of others."""
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return str(kind.__name__ if _is_sglang(kind) else f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _is_sglang(thing: Any) -> bool:
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return str(kind.__module__).partition(".")[0] == "sglang"
+
+
+def _ids_are_mapped() -> bool:
+    """Whether SGLang maps logical to physical experts after the routing: -1 would be the last."""
+    return get_exec().moe.ep_dispatch_algorithm is not None
+
+
+def _reads_every_id(experts: FusedMoE, method: str, name: str) -> bool:
+    """SGLang's small-batch kernel for ungated NVFP4 (sm120_nvfp4_moe_mtp_mma.cuh:151)."""
+    is_nvfp4 = "nvfp4" in method.lower()
+    is_gated = experts.moe_runner_config.is_gated
+    return name == "flashinfer_cutlass" and is_nvfp4 and not is_gated and bool(is_sm120())
