@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sglang_moe_routing.policies import (
+    FREE,
     OEA,
     PAD,
     SERE,
     Budget,
+    FreeSlots,
     Policy,
     PolicyTable,
     TopK,
@@ -164,6 +166,20 @@ def assert_close(weights: Tensor, expected: Tensor) -> None:
         atol=1e-30 + sum(ROUNDING_ATOL[dtype] for dtype in dtypes),
         equal_nan=True,
     )
+
+
+def assert_distinct_experts(
+    ids: Sequence[int], weights: Sequence[float], num_experts: int, free_slots: FreeSlots
+) -> None:
+    """One row after re-routing: its first slot holds an expert, no other slot holds an expert that
+    an earlier one holds, and the rest is free."""
+    held = list(dict.fromkeys(j for j in ids if j != FREE))
+    assert held[0] == ids[0]
+    assert all(0 <= j < num_experts for j in held)
+    free_id = FREE if free_slots is FreeSlots.IGNORED else ids[0]
+    for t, j in enumerate(ids):
+        if j == FREE or j in ids[:t]:
+            assert (j, weights[t]) == (free_id, 0.0)
 
 
 # --- cases -------------------------------------------------------------------------------------

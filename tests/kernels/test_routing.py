@@ -15,7 +15,15 @@ from torch import Tensor
 
 from sglang_moe_routing import kernels
 from sglang_moe_routing.kernels import compile_table, native
-from sglang_moe_routing.policies import PAD, Policy, PolicyTable, Router, build_table
+from sglang_moe_routing.policies import (
+    FREE,
+    PAD,
+    FreeSlots,
+    Policy,
+    PolicyTable,
+    Router,
+    build_table,
+)
 from sglang_moe_routing.policies.base import CountSchedule, Engagement
 from tests import oracles
 from tests.cases import (
@@ -31,6 +39,7 @@ from tests.cases import (
     Spec,
     ask_oracle,
     assert_close,
+    assert_distinct_experts,
     assert_same_bits,
     bits,
     cases,
@@ -74,20 +83,21 @@ def any_cases(**options: Any) -> st.SearchStrategy[Case]:
 
 
 seeds = st.integers(0, 2**31 - 1)
+free_slot_ids = st.sampled_from(FreeSlots)
 
 
 def statistics_of(case: Case, expected: oracles.Routed) -> list[int]:
     """Calls, rows, active, active_base, moved slots, critical, from the oracle's answer."""
     base, final = case.topk_ids.tolist(), expected.ids.tolist()
     moved = [j for b in case.live for j in base[b] if j not in final[b]]
-    touched = {j for b in case.live for j in final[b]}
+    touched = {j for b in case.live for j in final[b] if j != FREE}
     num_critical = len(touched - set(expected.active))
     sizes = [expected.distinct, expected.distinct_base, len(moved), num_critical]
     return [int(len(case.live) > 0), len(case.live), *sizes]
 
 
-def assert_as_oracle(got: Outcome, case: Case) -> None:
-    expected = ask_oracle(case)
+def assert_as_oracle(got: Outcome, case: Case, free_slots: FreeSlots = FreeSlots.IGNORED) -> None:
+    expected = ask_oracle(case, repeats_first=free_slots is FreeSlots.REPEAT_FIRST)
     assert got.topk_ids.dtype == case.topk_ids.dtype
     assert got.topk_weights.dtype == case.topk_weights.dtype
     assert got.topk_ids.tolist() == expected.ids.tolist()
@@ -108,13 +118,14 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
 
 
 @thorough
-@given(any_cases(), seeds)
+@given(any_cases(), free_slot_ids, seeds)
 def test_any_mix_of_policies_gives_what_the_oracle_gives(
-    implementation: Implementation, case: Case, seed: int
+    implementation: Implementation, case: Case, free_slots: FreeSlots, seed: int
 ) -> None:
     """Ids, weights, U and all statistics equal those of the slow loops, for every size and type,
     with ties, NaN, infinities and subnormals, wherever padded rows lie."""
-    assert_as_oracle(implementation(call_of(case, seed=seed)), case)
+    call = replace(call_of(case, seed=seed), free_slots=free_slots)
+    assert_as_oracle(implementation(call), case, free_slots)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -339,19 +350,21 @@ def with_garbage(case: Case, seed: int) -> Case:
 
 
 @thorough
-@given(any_cases(), st.integers(0, 2**32 - 1), seeds)
+@given(any_cases(), st.integers(0, 2**32 - 1), free_slot_ids, seeds)
 def test_ids_out_of_range_or_repeated_are_handled_as_by_the_reference(
-    compiled: Implementation, case: Case, noise: int, seed: int
+    compiled: Implementation, case: Case, noise: int, free_slots: FreeSlots, seed: int
 ) -> None:
-    """A broken choice gives what the reference makes of it; re-routed rows hold valid ids."""
+    """A broken choice gives what the reference makes of it; re-routed rows hold valid ids, each
+    once."""
     bad = with_garbage(case, noise)
-    call = call_of(bad, seed=seed)
+    call = replace(call_of(bad, seed=seed), free_slots=free_slots)
     got = compiled(call)
     assert_agrees(got, ask_reference(call))
     for row, ids in enumerate(got.topk_ids.tolist()):
         spec = bad.spec(row)
-        if spec is None or not oracles.keeps_base(spec, bad.top_k):
-            assert all(0 <= j < bad.num_experts for j in ids)
+        if spec is not None and not oracles.keeps_base(spec, bad.top_k):
+            weights = got.topk_weights[row].tolist()
+            assert_distinct_experts(ids, weights, bad.num_experts, free_slots)
 
 
 @brief
@@ -375,15 +388,18 @@ def test_policies_that_the_table_lacks_are_vanilla(
     assert_same(got, compiled(call_of(known)))
 
 
+@pytest.mark.parametrize(
+    ("free_slots", "expert"), [(FreeSlots.IGNORED, FREE), (FreeSlots.REPEAT_FIRST, 0)]
+)
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 70])
-def test_a_call_of_padding_alone_names_expert_0_at_no_weight(
-    implementation: Implementation, num_rows: int
+def test_a_call_of_padding_alone_is_free_in_every_slot(
+    implementation: Implementation, num_rows: int, free_slots: FreeSlots, expert: int
 ) -> None:
     """Without a live row nothing is required, active or counted."""
     case = varied_case((num_rows, 9, 3), seed=2)
     case = replace(case, row_specs=(None,) * num_rows)
-    got = implementation(call_of(case))
-    assert got.topk_ids.tolist() == [[0, 0, 0]] * num_rows
+    got = implementation(replace(call_of(case), free_slots=free_slots))
+    assert got.topk_ids.tolist() == [[expert] * 3] * num_rows
     assert got.topk_weights.tolist() == [[0.0, 0.0, 0.0]] * num_rows
     assert not got.union.any()
     assert got.statistics == [0] * 6
@@ -515,7 +531,48 @@ def test_rerouting_never_adds_active_experts(
     assert got.statistics[2] <= got.statistics[3]
     union = set(got.union.nonzero().flatten().tolist())
     for row in case.live:
-        assert set(got.topk_ids[row].tolist()) <= union | set(case.topk_ids[row].tolist())
+        assert set(got.topk_ids[row].tolist()) <= union | {*case.topk_ids[row].tolist(), FREE}
+
+
+@thorough
+@given(any_cases(), free_slot_ids, seeds)
+def test_every_row_holds_distinct_experts(
+    implementation: Implementation, case: Case, free_slots: FreeSlots, seed: int
+) -> None:
+    """Whatever its policy, no live row holds an expert twice; slots without one are free."""
+    got = implementation(replace(call_of(case, seed=seed), free_slots=free_slots))
+    for row in case.live:
+        ids, weights = got.topk_ids[row].tolist(), got.topk_weights[row].tolist()
+        assert_distinct_experts(ids, weights, case.num_experts, free_slots)
+
+
+@brief
+@given(any_cases(kinds=("sere", "topk"), weight_types=(torch.float32,)), seeds)
+def test_merged_slots_keep_the_sum_of_a_row(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """A row under sere weighs what it came with, however many of its slots end on one expert."""
+    got = implementation(call_of(case, seed=seed))
+    rows = [b for b in case.live if case.specs[case.row_specs[b] or 0]["kind"] == "sere"]
+    before, after = (x[rows].sum(dim=1) for x in (case.topk_weights, got.topk_weights))
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=0.0)
+
+
+@brief
+@given(any_cases(min_live=1), seeds)
+def test_the_id_of_free_slots_is_all_that_their_kind_decides(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """Weights, U and counts are the same, and so are the ids of slots that hold an expert."""
+    call = call_of(case, seed=seed)
+    got = implementation(call)
+    other = implementation(replace(call, free_slots=FreeSlots.REPEAT_FIRST))
+    is_free = got.topk_ids == FREE
+    firsts = got.topk_ids[:, :1].clone()
+    padded = [b for b in range(case.num_rows) if b not in case.live]
+    firsts[padded] = int(got.union.int().argmax())
+    filled = torch.where(is_free, firsts, got.topk_ids)
+    assert_same(replace(got, topk_ids=filled), other)
 
 
 @brief
@@ -558,8 +615,8 @@ def with_padding(case: Case, places: Sequence[int], seed: int) -> Case:
 def test_adding_padded_rows_changes_nothing(
     compiled: Implementation, case: Case, places: list[int], seed: int
 ) -> None:
-    """Padding anywhere, holding anything, leaves the other rows and the counts alone, and names
-    the lowest active expert at no weight."""
+    """Padding anywhere, holding anything, leaves the other rows and the counts alone, and is free
+    in every slot."""
     places = sorted((min(place, case.num_rows) for place in places), reverse=True)
     padded = with_padding(case, places, seed)
     added = {place + i for i, place in enumerate(reversed(places))}
@@ -568,9 +625,8 @@ def test_adding_padded_rows_changes_nothing(
     assert_same(
         replace(more, topk_ids=more.topk_ids[kept], topk_weights=more.topk_weights[kept]), got
     )
-    lowest = int(got.union.int().argmax())
     for row in added:
-        assert more.topk_ids[row].tolist() == [lowest] * case.top_k
+        assert more.topk_ids[row].tolist() == [FREE] * case.top_k
         assert more.topk_weights[row].tolist() == [0.0] * case.top_k
 
 
@@ -591,21 +647,54 @@ def test_one_live_row_under_oea_is_pruned_as_by_topk(
     assert_same(compiled(call_of(replace(alone, specs=oea))), compiled(call_of(alone)))
 
 
-@pytest.mark.parametrize("spec", ONE_OF_EACH, ids=lambda spec: spec["kind"])
-def test_rows_of_nan_keep_valid_ids_and_no_weight(compiled: Implementation, spec: Spec) -> None:
-    """A row whose every score and gate is NaN weighs nothing and keeps to its base."""
+NO_WEIGHT: tuple[Spec, ...] = (*ONE_OF_EACH, {**BUDGET_5, **MAPPED}, {**OEA_2, **MAPPED})
+
+
+@pytest.mark.parametrize("spec", NO_WEIGHT, ids=str)
+def test_rows_of_nan_keep_their_base(implementation: Implementation, spec: Spec) -> None:
+    """A row whose every score and gate is NaN leaves as it came, and no slot of it has moved."""
     case = replace(varied_case((2, 9, 3), seed=1), specs=(spec,), row_specs=(0, 0))
+    if spec["kind"] == "sere":
+        case = replace(case, specs=({**spec, "rho": 1.5},))  # it moves slots, not for their gates
     case = replace(
         case,
         scores=torch.full_like(case.scores, torch.nan),
         gates=torch.full_like(case.gates, torch.nan),
     )
-    got = compiled(call_of(case))
-    assert set(got.topk_ids.flatten().tolist()) <= set(case.topk_ids.flatten().tolist())
-    if spec["kind"] in ("topk", "oea", "budget"):
-        assert not got.topk_weights.any()
-    else:
-        assert_same_bits(got.topk_weights, case.topk_weights)
+    got = implementation(call_of(case))
+    assert torch.equal(got.topk_ids, case.topk_ids)
+    assert_same_bits(got.topk_weights, case.topk_weights)
+    num_active = len(set(case.topk_ids.flatten().tolist()))
+    assert got.statistics[2:5] == [num_active, num_active, 0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("logit", [-79.5, -80.0, -80.5, -88.0, -96.0, -103.0, -104.0, -200.0])
+def test_an_expert_has_weight_down_to_the_same_logit_everywhere(
+    implementation: Implementation, logit: float, scoring: Any, dtype: torch.dtype
+) -> None:
+    """The batch loads expert 1 alone, whose `logit` is all that row 0 has for it: at -80 the row
+    takes it, below it keeps its base. Float32 would go on for a while."""
+    rest = [-torch.inf] * 6
+    logits = torch.tensor([[0.0, logit, *rest], [-20.0, 0.0, *rest], [-20.0, 0.0, *rest]])
+    budget = to_policy({**BUDGET_5, "max_active": 1})
+    call = Call(
+        scores=logits.to(dtype),
+        policy_ids=torch.zeros(3, dtype=torch.int32),
+        table=build_table([budget], layer=0, top_k=2, num_experts=8),
+        router=Router(scoring=scoring),
+        top_k=2,
+        topk_ids=torch.tensor([[1, 0], [0, 1], [0, 1]], dtype=torch.int32),
+        topk_weights=torch.tensor([[0.125, 0.5], [0.5, 0.5], [0.5, 0.5]]),
+    )
+    got = implementation(call)
+    assert got.union.nonzero().flatten().tolist() == [1]
+    assert got.topk_ids[1:].tolist() == [[1, FREE]] * 2
+    takes_it = logit >= -80.0
+    assert got.topk_ids[0].tolist() == ([1, FREE] if takes_it else [1, 0])
+    assert got.topk_weights[0].tolist() == ([0.625, 0.0] if takes_it else [0.125, 0.5])
+    assert got.statistics == [1, 3, *([1, 2, 3, 0] if takes_it else [2, 2, 2, 1])]
 
 
 def with_k0_of_0(case: Case) -> Case:
