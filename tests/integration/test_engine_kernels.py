@@ -41,17 +41,34 @@ POLICIES: dict[str, Policy] = {
     "sere 1": SERE(num_primary=1, threshold=0.0),
     "sere 2": SERE(num_primary=2, threshold=0.0),
 }
+BATCHES: dict[str, list[Policy]] = {
+    **{name: [policy] for name, policy in POLICIES.items()},
+    "mixed": list(POLICIES.values()),
+}
 HIDDEN, INTERMEDIATE = 16, 16
 
 LARGE, SMALL = (128, 8), (32, 4)
 """Experts and experts per token. The interpreter aligns 1,024 slots at most: 250 rows of 4."""
+CASES = [(name, num_rows, LARGE) for name in BATCHES for num_rows in ROWS]
+LAYERS = [
+    (name, num_rows, SMALL)
+    for name in BATCHES
+    for num_rows in ROWS
+    if num_rows <= 16 or name == "mixed"  # a layer takes the interpreter long
+]
 
 FLOAT16 = 2.0**-11
 """Of one rounding to float16, relative."""
 
 
-def final_rows(policy: Policy, num_rows: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+Case = tuple[str, int, tuple[int, int]]
+"""Name of a batch, rows, shape."""
+
+
+def final_rows(case: Case) -> tuple[Tensor, Tensor]:
     """int32 ids and float32 weights ``[num_rows, top_k]``; some experts are far more popular."""
+    name, num_rows, shape = case
+    policies = BATCHES[name]
     num_experts, top_k = shape
     generator = torch.Generator().manual_seed(num_rows)
     popular = torch.linspace(2, 0, num_experts)
@@ -61,20 +78,20 @@ def final_rows(policy: Policy, num_rows: int, shape: tuple[int, int]) -> tuple[T
     weights, ids = gates.topk(top_k)
     weights = weights / weights.sum(dim=1, keepdim=True)
     table = build_table(
-        [Vanilla(), policy],
+        [Vanilla(), *policies],
         layer=0,
         top_k=top_k,
         num_experts=num_experts,
         similarity={"a": similarity.fill_diagonal_(1)},
-        artifacts=[None, "a"],
+        artifacts=[None, *("a" for _ in policies)],
     )
-    policy_ids = torch.ones(num_rows, dtype=torch.int32)
+    policy_ids = 1 + torch.arange(num_rows, dtype=torch.int32) % len(policies)
     final = reroute(scores, gates, ids, weights, policy_ids, table, renormalize=True)
     return final.topk_ids.int(), final.topk_weights
 
 
-def make_call(policy: Policy, num_rows: int, shape: tuple[int, int]) -> dict[str, Any]:
-    ids, weights = final_rows(policy, num_rows, shape)
+def make_call(case: Case) -> dict[str, Any]:
+    (ids, weights), (_, num_rows, shape) = final_rows(case), case
     call: dict[str, Any] = {"ids": ids, "weights": weights, "num_experts": shape[0]}
     if shape is SMALL:
         generator = torch.Generator().manual_seed(1)
@@ -88,48 +105,38 @@ def make_call(policy: Policy, num_rows: int, shape: tuple[int, int]) -> dict[str
     return call
 
 
-Ran = dict[tuple[str, int, tuple[int, int]], tuple[dict[str, Any], dict[str, Any]]]
+Ran = dict[Case, tuple[dict[str, Any], dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Every policy, number of rows and shape: the call, and what the kernels made of it."""
+    """By case: the call, and what the kernels made of it."""
     folder = tmp_path_factory.mktemp("kernels")
-    calls = {
-        (name, num_rows, shape): make_call(policy, num_rows, shape)
-        for name, policy in POLICIES.items()
-        for num_rows in ROWS
-        for shape in (LARGE, SMALL)
-    }
+    calls = {case: make_call(case) for case in CASES + LAYERS}
     torch.save(calls, folder / "calls.pt")
     command = [sys.executable, "-m", "tests.integration.engine_kernels"]
     files = [str(folder / "calls.pt"), str(folder / "results.pt")]
     subprocess.run([*command, *files], check=True, cwd=Path(__file__).parents[2])
     results = torch.load(folder / "results.pt")
-    return {key: (calls[key], results[key]) for key in calls}
+    return {case: (calls[case], results[case]) for case in calls}
 
 
-@pytest.mark.parametrize("shape", [LARGE, SMALL], ids=str)
-@pytest.mark.parametrize("num_rows", ROWS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_deep_gemm_gives_every_slot_a_row_of_its_expert(
-    ran: Ran, policy: str, num_rows: int, shape: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("case", CASES + LAYERS, ids=str)
+def test_deep_gemm_gives_every_slot_a_row_of_its_expert(ran: Ran, case: Case) -> None:
     """Its kernel lays down that an expert has at most as many slots as the batch has rows."""
-    call, result = ran[policy, num_rows, shape]
+    call, result = ran[case]
     places, live = result["places"], call["ids"] >= 0
-    assert int(result["counts"].max()) <= num_rows
+    assert int(result["counts"].max()) <= case[1]
     assert torch.equal(places[live] // result["num_places"], call["ids"][live])
     assert places[live].unique().numel() == int(live.sum())
     assert (places[~live] == -1).all()
 
 
-@pytest.mark.parametrize("num_rows", [1, 4])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] <= 4], ids=str)
 def test_block_alignment_places_every_slot_once_and_free_ones_in_blocks_that_are_skipped(
-    ran: Ran, policy: str, num_rows: int
+    ran: Ran, case: Case
 ) -> None:
-    call, result = ran[policy, num_rows, LARGE]
+    call, result = ran[case]
     ids, found = call["ids"].flatten().tolist(), {}
     for expert, slots in zip(result["experts"].tolist(), result["slots"].tolist(), strict=True):
         for slot in slots:
@@ -153,10 +160,9 @@ def loop_over_experts(call: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("kernel", ["triton", "deep_gemm"])
-@pytest.mark.parametrize("num_rows", ROWS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_layer_adds_up_its_experts(ran: Ran, policy: str, num_rows: int, kernel: str) -> None:
-    call, result = ran[policy, num_rows, SMALL]
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_a_layer_adds_up_its_experts(ran: Ran, case: Case, kernel: str) -> None:
+    call, result = ran[case]
     # six numbers are rounded to float16 on the way: both halves of the first product, their
     # activation, the second product, its weighted value, and the sum
     torch.testing.assert_close(
@@ -167,13 +173,11 @@ def test_a_layer_adds_up_its_experts(ran: Ran, policy: str, num_rows: int, kerne
     )
 
 
-@pytest.mark.parametrize("shape", [LARGE, SMALL], ids=str)
-@pytest.mark.parametrize("num_rows", ROWS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_no_row_names_an_expert_twice(policy: str, num_rows: int, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("case", CASES + LAYERS, ids=str)
+def test_no_row_names_an_expert_twice(case: Case) -> None:
     """The rule of FlashInfer's TRT-LLM routing, where one of two such slots wins, and of its
     CUTLASS one, whose map ends at the first."""
-    ids, weights = final_rows(POLICIES[policy], num_rows, shape)
+    ids, weights = final_rows(case)
     for row, row_weights in zip(ids.tolist(), weights.tolist(), strict=True):
         live = [expert for expert in row if expert >= 0]
         assert len(live) == len(set(live))
