@@ -7,6 +7,7 @@ not read: it is refused.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -314,7 +315,7 @@ def runner_name(experts: FusedMoE) -> str:
     """The runner that a loaded layer uses, whatever was asked for on the command line."""
     if getattr(experts, RUNNER, None) is not None:
         return environment.PLATFORM
-    if next(experts.parameters()).device.type == "cpu":
+    if os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
         return "cpu"
     for part in ("fused_func", "runner_core"):
         found = getattr(experts.runner, part, None)

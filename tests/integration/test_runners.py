@@ -48,11 +48,10 @@ def engine(backend: str = "auto", **arguments: Any) -> Iterator[None]:
         yield
 
 
-def make_layer(method: FusedMoEMethodBase, device: str = "meta", scheme: Any = None) -> Any:
+def make_layer(method: FusedMoEMethodBase, scheme: Any = None) -> Any:
     """A layer as SGLang loads it, but for its weights: the method makes its own runner."""
     layer: Any = FusedMoE.__new__(FusedMoE)
     torch.nn.Module.__init__(layer)
-    layer.w13_weight = torch.nn.Parameter(torch.empty(1, device=device), requires_grad=False)
     layer.quant_method, layer.scheme = method, scheme
     layer.moe_runner_config = MoeRunnerConfig(num_experts=8, num_local_experts=8)
     method.create_moe_runner(layer, layer.moe_runner_config)
@@ -210,9 +209,12 @@ def test_runners_of_lora_are_refused_though_the_base_has_another() -> None:
         runners.free_slots(layer, "layer 3")
 
 
-def test_engine_experts_on_a_cpu_are_refused_and_ours_are_not() -> None:
+def test_engine_experts_on_a_cpu_are_refused_and_ours_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SGLANG_PLATFORM", environment.PLATFORM)
     with engine():
-        layer = make_layer(unquantised(), device="cpu")
+        layer = make_layer(unquantised())
         with pytest.raises(EngineError, match="MoE runner cpu: SGLang's own experts for CPUs"):
             runners.free_slots(layer, "layer 3")
         setattr(layer, RUNNER, TORCH)
