@@ -34,6 +34,7 @@ from sglang_moe_routing.errors import ArtifactError, PolicyError
 from sglang_moe_routing.policies import (
     OEA,
     SERE,
+    FreeSlots,
     Policy,
     PolicyTable,
     Router,
@@ -150,7 +151,13 @@ class MoELayer:
         policy_ids = torch.zeros(self._protocol.group, dtype=torch.int64)
         for step in range(self._protocol.prefill, self._protocol.length):
             call = (x[:, step] for x in (scores, gates, ids, weights))
-            routed = reroute(*call, policy_ids, self.table, renormalize=router.renormalize)
+            routed = reroute(
+                *call,
+                policy_ids,
+                self.table,
+                renormalize=router.renormalize,
+                free_slots=FreeSlots.REPEAT_FIRST,  # the model's own code takes no id below 0
+            )
             ids[:, step], weights[:, step] = routed.topk_ids, routed.topk_weights
             self.active.append(routed.active)
         return hidden, ids.flatten(0, 1), weights.flatten(0, 1)

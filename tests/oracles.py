@@ -18,6 +18,9 @@ import numpy as np
 FAINTEST = -80.0
 """Logit, under softmax relative to the row's largest, below which a gate is 0."""
 
+FREE = -1
+"""Id of a slot without an expert, where it may have one of its own."""
+
 RowPolicy = dict[str, Any]
 
 
@@ -155,7 +158,7 @@ def reroute(
     """Route one MoE call; `policies[b]` is None for a padded row.
 
     With `repeats_first` a slot without an expert names the one in the row's first slot, and every
-    slot of a padded row the lowest of U; else -1. Such slots weigh nothing.
+    slot of a padded row the lowest of U; else `FREE`. Such slots weigh nothing.
     """
     n_rows, n_experts = scores.shape
     k = topk_ids.shape[1]
@@ -189,7 +192,7 @@ def reroute(
         policy = policies[b]
         if policy is None:
             for t in range(k):
-                ids[b, t] = -1 if not repeats_first else active[0] if active else 0
+                ids[b, t] = FREE if not repeats_first else active[0] if active else 0
                 weights[b, t] = 0.0
             continue
         if keeps_base(policy, k):
@@ -230,7 +233,7 @@ def reroute(
                 else:
                     weights[b, t] = clean[j] * scale
             else:
-                ids[b, t] = chosen[0] if repeats_first else -1
+                ids[b, t] = chosen[0] if repeats_first else FREE
                 weights[b, t] = 0.0
         share = float(np.float32(policy.get("mapped_share", 0.0)))
         if share > 0.0:
@@ -243,7 +246,7 @@ def reroute(
     original: set[int] = set()
     for b in live:
         for t in range(k):
-            if ids[b, t] != -1:
+            if ids[b, t] != FREE:
                 final.add(int(ids[b, t]))
             original.add(int(topk_ids[b, t]))
     return Routed(ids, weights, active, len(final), len(original))
@@ -270,7 +273,7 @@ def _one_slot_each(
         first = slots.index(j)
         if first < t:
             sums[first] += sums[t]
-            ids[t], sums[t] = slots[0] if repeats_first else -1, 0.0
+            ids[t], sums[t] = slots[0] if repeats_first else FREE, 0.0
     return ids, sums
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..policies import OEA, SERE, Policy, TopK, Vanilla
+from ..policies import FREE, OEA, SERE, Policy, TopK, Vanilla
+from ..policies.scoring import FAINTEST
 
 WEIGHT_TOLERANCE = 1e-5  # weights are float32 sums of at most 16 terms
 
@@ -22,6 +23,8 @@ class Verdict:
     Attributes:
         num_calls, num_rows: how much was checked.
         vanilla_identical: every vanilla row kept the engine's ids and weights bit for bit.
+        repeated_experts: slots of live rows that name an expert which an earlier slot of the row
+            names; slots of weight 0 that repeat the row's first are free and not counted.
         violations: rows that broke their policy, in words; empty if none did.
     """
 
@@ -29,11 +32,13 @@ class Verdict:
     num_rows: int
     num_vanilla_rows: int
     vanilla_identical: bool
+    repeated_experts: int
     violations: Sequence[str]
 
     @property
     def ok(self) -> bool:
-        return self.vanilla_identical and not self.violations and self.num_rows > 0
+        is_kept = self.vanilla_identical and not self.repeated_experts
+        return is_kept and not self.violations and self.num_rows > 0
 
 
 def verify_calls(
@@ -48,7 +53,7 @@ def verify_calls(
         policies: definition of every policy name that occurs.
         similarity: layer id -> matrix that the `sere` policies use.
     """
-    num_calls = num_rows = num_vanilla = 0
+    num_calls = num_rows = num_vanilla = repeated = 0
     identical = True
     violations: list[str] = []
     for call in calls:
@@ -57,6 +62,7 @@ def verify_calls(
         union = {e for row in rows for e in row.base[: _num_required(policies[row.policy], row)]}
         for row in rows:
             num_rows += 1
+            repeated += len(row.held) - len(row.experts)
             policy = policies[row.policy]
             if isinstance(policy, Vanilla):
                 num_vanilla += 1
@@ -65,7 +71,7 @@ def verify_calls(
             problem = _problem(policy, row, union, similarity.get(call["layer"], ()))
             if problem:
                 violations.append(f"layer {call['layer']}, {row.policy}: {problem}")
-    return Verdict(num_calls, num_rows, num_vanilla, identical, violations)
+    return Verdict(num_calls, num_rows, num_vanilla, identical, repeated, violations)
 
 
 class _Row:
@@ -81,6 +87,20 @@ class _Row:
         self.base = sorted(self.slots, key=self.preference)
         self.num_live = sum(name is not None for name in call["rows"])
         self.layer: int = call["layer"]
+
+    @property
+    def held(self) -> list[tuple[int, float]]:
+        """Expert and weight of every slot that is not free."""
+        first, *others = zip(self.ids, self.weights, strict=True)
+        return [first, *(s for s in others if s[0] != FREE and s != (self.ids[0], 0.0))]
+
+    @property
+    def experts(self) -> set[int]:
+        return {expert for expert, _ in self.held}
+
+    def has_weight(self, expert: int) -> bool:
+        """Whether a softmax router gives the expert any weight."""
+        return self.logits[expert] - max(self.logits) >= FAINTEST
 
     def preference(self, expert: int) -> tuple[bool, float, int]:
         """Sort key: the router's own choice first, then falling logits, then lower ids."""
@@ -113,8 +133,10 @@ def _problem(
         raise ValueError("only the simplified form of oea (k0 alone) can be verified")
     allowed = set(required) if isinstance(policy, TopK) else union
     wanted = sorted(allowed, key=row.preference)[: len(row.slots)]
-    if set(row.ids) != set(wanted):
-        return f"runs {sorted(set(row.ids))}, expected {sorted(wanted)}"
+    if not any(map(row.has_weight, wanted)):
+        return "" if row.is_untouched else "changed, although no expert that it may use has weight"
+    if row.experts != set(wanted):
+        return f"runs {sorted(row.experts)}, expected {sorted(wanted)}"
     if not math.isclose(sum(row.weights), sum(row.slot_weights), abs_tol=WEIGHT_TOLERANCE):
         return f"weights sum to {sum(row.weights)}, expected {sum(row.slot_weights)}"
     return ""
@@ -128,12 +150,17 @@ def _sere_problem(
     similarity: Sequence[Sequence[float]],
 ) -> str:
     threshold = policy.threshold.value(row.layer, row.num_live)
-    for before, after in zip(row.slots, row.ids, strict=True):
-        expected = before
+    expected: dict[int, float] = {}
+    for before, weight in zip(row.slots, row.slot_weights, strict=True):
+        after = before
         if before not in required and before not in union:
             nearest = max(sorted(union), key=similarity[before].__getitem__)
             if similarity[before][nearest] >= threshold:
-                expected = nearest
-        if after != expected:
-            return f"slot of expert {before} went to {after}, expected {expected}"
-    return "" if row.weights == row.slot_weights else "slot weights changed"
+                after = nearest
+        expected[after] = expected.get(after, 0.0) + weight
+    if row.experts != set(expected):
+        return f"runs {sorted(row.experts)}, expected {sorted(expected)}"
+    for expert, weight in row.held:
+        if not math.isclose(weight, expected[expert], abs_tol=WEIGHT_TOLERANCE):
+            return f"expert {expert} weighs {weight}, expected {expected[expert]}"
+    return ""

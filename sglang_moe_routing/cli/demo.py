@@ -52,8 +52,8 @@ def demo(
 ) -> None:
     """Serve the bundled model for real, compare its policies, check what the experts did.
 
-    Exit status 0 only if every vanilla row kept the engine's routing bit for bit and every
-    re-routed row obeyed its policy.
+    Exit status 0 only if every vanilla row kept the engine's routing bit for bit, every re-routed
+    row obeyed its policy, and none holds an expert twice.
     """
     folder = Path(tempfile.mkdtemp(prefix="sglang-moe-routing-demo-"))
     with clear_errors():
@@ -163,6 +163,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
             "rows_checked": verdict.num_rows,
             "vanilla_rows_checked": verdict.num_vanilla_rows,
             "vanilla_identical": verdict.vanilla_identical,
+            "repeated_experts": verdict.repeated_experts,
             "violations": list(verdict.violations),
             "vanilla_text_same_alone": outcome.same_text_alone,
         },
@@ -206,6 +207,7 @@ def _print(outcome: Outcome) -> None:
         f"  vanilla rows bit for bit the engine's own: {_yes(verdict.vanilla_identical)} "
         f"({verdict.num_vanilla_rows} rows)\n"
         f"  re-routed rows obey their policies: {_yes(not verdict.violations)}\n"
+        f"  no row holds an expert twice: {_yes(not verdict.repeated_experts)}\n"
         f"  vanilla texts equal those of the same requests alone: {_yes(outcome.same_text_alone)}"
         + ("" if outcome.same_text_alone else " (rounding: see docs/batch-dependence.md)"),
         highlight=False,

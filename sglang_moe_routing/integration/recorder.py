@@ -103,6 +103,7 @@ def _describe(layer: Layer) -> dict[str, Any]:
     return {
         "num_experts": layer.num_experts,
         "top_k": layer.top_k,
+        "free_slots": layer.free_slots.name.lower(),
         "scoring": router.scoring,
         "renormalize": router.renormalize,
         "scale": router.scale,

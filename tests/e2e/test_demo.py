@@ -120,6 +120,7 @@ def test_demo_shows_the_saving_and_checks_the_routing(command: Command) -> None:
     mixed = found["mixed"]
     assert mixed["vanilla_identical"] is True
     assert mixed["violations"] == []
+    assert mixed["repeated_experts"] == 0
     assert mixed["rows_checked"] == 4 * (mixed["tokens"] - 16)  # prefill gives the first token
     assert mixed["vanilla_rows_checked"] == mixed["rows_checked"] / 4
     assert set(mixed["policies"]) == set(policies)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sglang_moe_routing import demo
+from tests import oracles
 from tests.recorded import check_call
 
 from .conftest import HEADER, Running, describe
@@ -73,7 +74,8 @@ def rid_policy(rid: str) -> str:
 
 
 def distinct(ids: list[list[int]], rows: list[str | None]) -> int:
-    return len({e for row, name in zip(ids, rows, strict=True) if name for e in row})
+    held = {e for row, name in zip(ids, rows, strict=True) if name for e in row}
+    return len(held - {oracles.FREE})
 
 
 def test_mixed_policies_share_batches_and_obey_the_oracle(
@@ -105,7 +107,8 @@ def num_moved(call: dict[str, Any]) -> int:
 
 def num_critical(call: dict[str, Any]) -> int:
     """Active experts outside the union."""
-    return len({e for final in call["final_ids"] for e in final} - set(call["union"]))
+    active = {e for final in call["final_ids"] for e in final} - {oracles.FREE}
+    return len(active - set(call["union"]))
 
 
 def read_statistics(running: Running) -> dict[str, Any]:
@@ -291,10 +294,8 @@ def test_graph_padding_adds_no_expert(graphed: Running, similarity: dict[int, np
     assert padded
     assert {len(call["rows"]) for call in calls} <= {1, 2, 4, 8, 16}
     for call in padded:
-        names = call["rows"]
-        live = {e for row, n in zip(call["final_ids"], names, strict=True) if n for e in row}
-        everyone = {e for row in call["final_ids"] for e in row}
-        assert everyone == live
+        padding = [row for row, n in zip(call["final_ids"], call["rows"], strict=True) if not n]
+        assert {e for row in padding for e in row} == {oracles.FREE}
 
 
 def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
@@ -304,8 +305,7 @@ def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
     for call in padded:
         assert call["final_ids"][:5] == call["base_ids"][:5]
         assert call["final_weights"][:5] == call["base_weights"][:5]
-        live = {e for row in call["base_ids"][:5] for e in row}
-        assert {e for row in call["final_ids"][5:] for e in row} <= live
+        assert {e for row in call["final_ids"][5:] for e in row} == {oracles.FREE}
         assert {w for row in call["final_weights"][5:] for w in row} == {0.0}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sglang_moe_routing.config import load_config
 from sglang_moe_routing.integration.attach import make_table
 from sglang_moe_routing.integration.runtime import Layer, Plan, Runtime
 from sglang_moe_routing.kernels import choose, compile_table
-from sglang_moe_routing.policies import Router
+from sglang_moe_routing.policies import FREE, FreeSlots, Router
 
 NUM_EXPERTS, TOP_K, MAX_ROWS = 32, 4, 24
 CPU = torch.device("cpu")
@@ -37,7 +38,12 @@ NUM_POLICIES = 5
 IMPLEMENTATIONS = ["torch", *(["native"] if choose("cpu").is_native else [])]
 
 
-def make_runtime(folder: Path, num_groups: int, implementation: str) -> Runtime:
+def make_runtime(
+    folder: Path,
+    num_groups: int,
+    implementation: str,
+    free_slots: FreeSlots = FreeSlots.IGNORED,
+) -> Runtime:
     """A runtime with one layer, as a scheduler has it after its model is loaded."""
     groups = ", ".join(
         f"{name}: g{i}" for i, name in enumerate(("oea", "sere", "late")[: num_groups - 1])
@@ -55,6 +61,7 @@ def make_runtime(folder: Path, num_groups: int, implementation: str) -> Runtime:
         num_experts=NUM_EXPERTS,
         top_k=TOP_K,
         router=Router(),
+        free_slots=free_slots,
         table=table,
         kernel_table=compile_table(table) if implementation == "native" else None,
         union=torch.zeros(NUM_EXPERTS, dtype=torch.bool),
@@ -76,11 +83,11 @@ def run(
     return ids, weights
 
 
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+@pytest.fixture(scope="module", params=itertools.product(IMPLEMENTATIONS, FreeSlots), ids=str)
 def runtimes(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runtime, Runtime]:
     """One with a single group, one with four."""
     folder = tmp_path_factory.mktemp("config")
-    return make_runtime(folder, 1, request.param), make_runtime(folder, 4, request.param)
+    return make_runtime(folder, 1, *request.param), make_runtime(folder, 4, *request.param)
 
 
 rows = st.lists(
@@ -110,7 +117,9 @@ def test_each_group_is_routed_as_if_alone(
         assert torch.equal(weights[mine], own_weights)
     live = len(rows)
     assert not weights[live:].any()
-    assert set(ids[live:].flatten().tolist()) <= set(ids[:live].flatten().tolist())
+    held = set(ids[:live].flatten().tolist()) - {FREE}
+    is_ignored = isolated.layers[0].free_slots is FreeSlots.IGNORED
+    assert set(ids[live:].flatten().tolist()) <= ({FREE} if is_ignored else held)
     check_statistics(isolated, logits[:live], ids[:live])
 
 
@@ -122,7 +131,7 @@ def check_statistics(runtime: Runtime, logits: Tensor, ids: Tensor) -> None:
         "layer": 0,
         "calls": 1,
         "rows": len(ids),
-        "active_experts": len(ids.unique()),
+        "active_experts": len(ids[ids != FREE].unique()),
         "active_experts_base": len(base.unique()),
         "moved_slots": int((~kept).sum()),
     }

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_moe_routing.policies import Router, TopK, Vanilla, build_table
+from sglang_moe_routing.policies import Budget, FreeSlots, Router, TopK, Vanilla, build_table
 from sglang_moe_routing.policies.base import CountSchedule
 from tests.cases import (
     BUDGET_5,
@@ -195,6 +195,28 @@ POLICIES = {
     "mass_needs_one_more": wrong(ROW, "return t + 1;", "return smaller(t + 2, count);"),
     "step_starts_late": wrong(ROW, ".start <= num_live", ".start < num_live"),
     "filler_weighs": wrong(WARP, "if (lane_ < n) gate", "gate"),
+    "slots_of_one_expert_stay_apart": wrong(
+        ROW, "if (before == 0) continue;", "if (before == 0 || t > 0) continue;"
+    ),
+    "merged_slots_lose_weight": wrong(ROW, " + row.get(weights, t));", ");"),
+    "free_slots_name_the_best_expert": wrong(
+        ROW, "kFree : row.get(ids, 0);", "kFree : row.get(order, 0);"
+    ),
+    "free_slots_are_always_ignored": wrong(ROW, "kFree : row.get(ids, 0);", "kFree : kFree;"),
+    "free_slots_are_mixed_up": wrong(
+        ROW, "FreeSlots::ignored ? kFree", "FreeSlots::repeat_first ? kFree"
+    ),
+    "padding_always_names_an_expert": wrong(
+        KERNELS, "if (call.free_slots == FreeSlots::ignored) return kFree;", "(void)call;"
+    ),
+    "rows_without_weight_stay_so": wrong(
+        ROW, "if (!has_weight || maps_weights(row))", "if (kind == Kind::sere || maps_weights(row))"
+    ),
+    "mapped_rows_without_weight_stay_so": wrong(
+        ROW, "if (!has_weight) {", "if (!has_weight && !maps_weights(row)) {"
+    ),
+    "fainter_gates_count": wrong(ROW, "kFaintest = -80.0f", "kFaintest = -85.0f"),
+    "the_faintest_gate_is_0": wrong(ROW, "x >= kFaintest", "x > kFaintest"),
     "padding_names_the_next_expert": wrong(KERNELS, "[i])) - 1;", "[i]));"),
     "equal_demands_go_to_the_higher_id": wrong(
         KERNELS, "equal & ((1u << lane) - 1)", "equal & ~((2u << lane) - 1)"
@@ -216,6 +238,9 @@ STATISTICS = {
     "padding_is_counted": wrong(KERNELS, " && call.policy_ids[thread] != kPad;", ";"),
     "padding_is_counted_in_two_launches": wrong(
         KERNELS, "mine += call.policy_ids[row] != kPad;", "mine += 1;"
+    ),
+    "free_slots_are_counted": wrong(
+        ROW, "row.mark(Experts::after, ids, n);", "row.mark(Experts::after, ids, row.call().top_k);"
     ),
     "required_experts_are_critical": wrong(
         KERNELS, "after[i] & ~required[i]", "after[i] & required[i]"
@@ -291,6 +316,28 @@ def tied(num_rows: int) -> Case:
     )
 
 
+def merging(num_rows: int) -> Case:
+    """Rows whose slots all move to what few neighbours load, so that many end on one expert."""
+    specs: tuple[Spec, ...] = ({**SERE_1, "rho": -1.0}, {"kind": "topk", "k0": 1})
+    case = varied_case((num_rows, N, K), 0)
+    return replace(case, specs=specs, row_specs=tuple(int(b % 5 == 0) for b in range(num_rows)))
+
+
+def faint() -> Call:
+    """A budget of one expert, for which two rows have the last logit that weighs and the first that
+    does not."""
+    logits = torch.full((6, N), -torch.inf)
+    logits[:, 0], logits[:, 1] = -20.0, 0.0
+    logits[0, :2], logits[1, :2] = torch.tensor([[0.0, -80.0], [0.0, -80.5]])
+    budget = Budget.model_validate({"max_active": 1, "mapped_share": 0.3})
+    similarity = {"a": torch.eye(N)}
+    table = build_table(
+        [budget], layer=0, top_k=2, num_experts=N, similarity=similarity, artifacts=["a"]
+    )
+    ids = torch.tensor([[1, 0]], dtype=torch.int32).expand(6, -1).contiguous()
+    return Call(logits, torch.zeros(6).int(), table, Router(), 2, ids, torch.full((6, 2), 0.5))
+
+
 def with_garbage(case: Case) -> Case:
     """Every row names an expert twice, and one that does not exist."""
     ids = case.topk_ids.clone()
@@ -304,6 +351,10 @@ def stepped(case: Case) -> Call:
     table = build_table([TopK(k0=k0), Vanilla()], layer=0, top_k=K, num_experts=N)
     plan = torch.tensor([-1 if index is None else index % 2 for index in case.row_specs])
     return replace(call_of(case, table=table), policy_ids=plan.int())
+
+
+def repeating(call: Call) -> Call:
+    return replace(call, free_slots=FreeSlots.REPEAT_FIRST)
 
 
 def fused(case: Case) -> Call:
@@ -336,12 +387,16 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
     found["garbage"] = call_of(with_garbage(case))
     found["bias"] = routed(case, Router("sigmoid", bias=bias))
     found["groups"] = routed(case, Router(num_groups=4, top_groups=2))
+    found["merging"] = call_of(merging(16))
+    found["faint"] = faint()
+    for name in ("merging", f"seed 1, {float32}", f"seed 1, {bfloat16}"):
+        found[f"repeat first, {name}"] = repeating(found[name])
     found["tied demands"] = call_of(tied(16))
     for seed in range(3):
         dtype = (float32, bfloat16)[seed % 2]
         found[f"budget, seed {seed}"] = call_of(budgeted(16, 14, seed, dtype))
     found["two launches"] = call_of(mixed(26, 0, bfloat16))
-    found["two launches, steps"] = stepped(mixed(26, 0, float32))
+    found["two launches, steps"] = repeating(stepped(mixed(26, 0, float32)))
     found["two launches, budget"] = call_of(budgeted(26, 25, 1, bfloat16))
     found["two launches, ample budget"] = call_of(budgeted(26, N, 1, bfloat16))
     return {name: (call, ask_reference(call)) for name, call in found.items()}

@@ -33,7 +33,7 @@ from sglang_moe_routing.calibration.statistics import (
 )
 from sglang_moe_routing.cli import app, output
 from sglang_moe_routing.errors import ArtifactError
-from sglang_moe_routing.policies import SERE, build_table, reroute
+from sglang_moe_routing.policies import SERE, FreeSlots, build_table, reroute
 
 ARTIFACT = demo.CONFIG.parent / "similarity.safetensors"
 RUNNER = CliRunner()
@@ -154,7 +154,8 @@ def test_shares_and_neighbours_are_those_of_the_sere_policy() -> None:
         preference = torch.tensor([[2.0, 1.0]]).expand_as(ids)
         scores = torch.zeros(count - 1, count).scatter(1, ids, preference)
         weights, plan = torch.full(ids.shape, 0.5), torch.zeros(count - 1, dtype=torch.long)
-        got = reroute(scores, scores.softmax(1), ids, weights, plan, table, renormalize=True)
+        call = (scores, scores.softmax(1), ids, weights, plan, table)
+        got = reroute(*call, renormalize=True, free_slots=FreeSlots.REPEAT_FIRST)
         is_replaced = bool(similar[expert] >= rho)
         assert set(got.topk_ids[:, 1].tolist()) == {int(nearest[expert]) if is_replaced else expert}
         moved += is_replaced

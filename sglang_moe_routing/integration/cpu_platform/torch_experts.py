@@ -1,7 +1,6 @@
 """The experts of a layer in plain torch.
 
-SGLang's own (`moe_forward_native`) fails on an expert that occurs twice in a row of ids and on -1,
-both of which re-routing and padding produce.
+SGLang's own (`moe_forward_native`) fails on the id -1, which free slots have.
 """
 
 from __future__ import annotations
