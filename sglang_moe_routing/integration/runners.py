@@ -273,40 +273,44 @@ def free_slots(experts: FusedMoE, where: str) -> FreeSlots:
     """What stands in the free slots of a loaded layer's rows.
 
     Raises:
-        EngineError: nothing that the layer's runner takes, or a runner that was not read.
+        EngineError: the layer's runner takes nothing there, or was not read.
     """
+    _refuse_unread(experts, where)
     runner = _find(experts, where)
-    if _ids_are_mapped() and not runner.takes_repeats:
+    if not _ids_are_mapped():
+        return FreeSlots.IGNORED if runner.skips_free else FreeSlots.REPEAT_FIRST
+    if not runner.takes_repeats:
         raise EngineError(
             f"{where}: an expert dispatch algorithm maps ids after the routing, and MoE runner "
             f"{runner.name} takes no expert twice; unset --ep-dispatch-algorithm and "
             "--init-expert-location, or add --moe-runner-backend triton"
         )
-    ignored = runner.skips_free and not _ids_are_mapped()
-    return FreeSlots.IGNORED if ignored else FreeSlots.REPEAT_FIRST
+    return FreeSlots.REPEAT_FIRST
+
+
+def _refuse_unread(experts: FusedMoE, where: str) -> None:
+    unread = "" if _name(_method(experts)) in EXPERTS else _name(_method(experts))
+    if type(experts).run_moe_core is not FusedMoE.run_moe_core:
+        unread = _name(experts)
+    if unread:
+        raise EngineError(
+            f"{where}: experts that {unread} runs were never read with routing policies in mind; "
+            f"serve a checkpoint in another format, or unset {environment.CONFIG}"
+        )
 
 
 def _find(experts: FusedMoE, where: str) -> Runner:
-    method = _name(_method(experts))
-    if method not in EXPERTS or type(experts).run_moe_core is not FusedMoE.run_moe_core:
-        own = method if method not in EXPERTS else _name(experts)
-        raise EngineError(
-            f"{where}: experts that {own} runs were never read with routing policies in mind; "
-            f"serve a checkpoint in another format, or unset {environment.CONFIG}"
-        )
-    name = runner_name(experts)
-    runner = RUNNERS.get(name)
-    requested = RUNNERS.get(get_moe_runner_backend().value)
-    if requested is not None and requested.refused == _LORA:
-        runner = requested
-    problem = "it was not read" if runner is None else runner.refused
-    if not problem and _reads_every_id(experts, method, name):
+    name, requested = runner_name(experts), get_moe_runner_backend().value
+    runner = RUNNERS.get(name, Runner(name, refused="it was not read"))
+    if requested in RUNNERS and RUNNERS[requested].refused == _LORA:  # wraps the layers later
+        runner = RUNNERS[requested]
+    problem, is_fp4 = runner.refused, "fp4" in _name(_method(experts)).lower()
+    if is_fp4 and _reads_every_id(experts, name):
         problem = "its kernel for few rows reads every id and the one for many takes no repeats"
-    if problem or runner is None:
-        remedy = "marlin" if "fp4" in method.lower() else "triton"
+    if problem:
+        remedy = "marlin" if is_fp4 else "triton"
         raise EngineError(
-            f"{where}: MoE runner {runner.name if runner else name}: {problem}; "
-            f"add --moe-runner-backend {remedy}"
+            f"{where}: MoE runner {runner.name}: {problem}; add --moe-runner-backend {remedy}"
         )
     return runner
 
@@ -346,8 +350,7 @@ def _ids_are_mapped() -> bool:
     return get_exec().moe.ep_dispatch_algorithm is not None
 
 
-def _reads_every_id(experts: FusedMoE, method: str, name: str) -> bool:
+def _reads_every_id(experts: FusedMoE, name: str) -> bool:
     """SGLang's small-batch kernel for ungated NVFP4 (sm120_nvfp4_moe_mtp_mma.cuh:151)."""
-    is_nvfp4 = "nvfp4" in method.lower()
     is_gated = experts.moe_runner_config.is_gated
-    return name == "flashinfer_cutlass" and is_nvfp4 and not is_gated and bool(is_sm120())
+    return name == "flashinfer_cutlass" and not is_gated and bool(is_sm120())
