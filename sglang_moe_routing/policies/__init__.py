@@ -1,7 +1,19 @@
 """Routing policies: what they are, how they are registered, and what they compute."""
 
-from .base import PAD, Count, Engagement, Layers, Parameters, Policy, Rows, Schedule, Similarity
+from .base import (
+    MAX_ROWS,
+    PAD,
+    Count,
+    Engagement,
+    Layers,
+    Parameters,
+    Policy,
+    Rows,
+    Schedule,
+    Similarity,
+)
 from .budget import Budget
+from .fit import Sizes, doubts, problems
 from .oea import OEA
 from .reference import Rerouted, reroute
 from .registry import (
@@ -18,6 +30,7 @@ from .vanilla import Vanilla
 
 __all__ = [
     "ENTRY_POINT_GROUP",
+    "MAX_ROWS",
     "OEA",
     "PAD",
     "SERE",
@@ -34,10 +47,13 @@ __all__ = [
     "Rows",
     "Schedule",
     "Similarity",
+    "Sizes",
     "TopK",
     "Vanilla",
     "build_table",
     "builtin_registry",
+    "doubts",
     "installed_registry",
+    "problems",
     "reroute",
 ]

@@ -13,6 +13,8 @@ from zipfile import ZipFile
 
 import pytest
 
+from sglang_moe_routing import demo
+
 from .conftest import Running
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +84,7 @@ def test_wheel_holds_everything_that_it_needs(wheel: Path) -> None:
 
 
 def test_check_says_that_all_is_well(command: Command) -> None:
-    run = command("check", "--json")
+    run = command("check", "--json", "--model", str(demo.MODEL))
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["ok"] is True
@@ -90,6 +92,7 @@ def test_check_says_that_all_is_well(command: Command) -> None:
     assert len(found["hooks"]) > 20
     assert all(hook["ok"] for hook in found["hooks"])
     assert found["config"]["policies"] == ["vanilla", "fast"]
+    assert found["warnings"] == []
 
 
 def test_check_names_what_is_wrong(command: Command, tmp_path: Path) -> None:
