@@ -32,9 +32,8 @@ def doubts(policy: Policy, model: Mapping[int, Sizes]) -> list[str]:
         return []
     if not _acts(policy, model):
         top_k = ", ".join(str(k) for k in sorted({sizes.top_k for sizes in model.values()}))
-        return [
-            f"kind: has no effect: it keeps all {top_k} experts of every token, as vanilla does"
-        ]
+        kind = f"kind: {policy.kind} has no effect here"
+        return [f"{kind}: every token keeps all its {top_k} experts, as under vanilla"]
     found = [d for s in set(model.values()) for d in policy.doubts(s.top_k, s.num_experts)]
     return list(dict.fromkeys(found))
 
