@@ -214,6 +214,24 @@ def test_an_artifact_without_matrices_is_refused(path: Path) -> None:
         load_artifact(path)
 
 
+def test_a_file_that_is_replaced_meanwhile_is_read_whole_or_not_at_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices and digest belong together, whenever another artifact takes the path."""
+    read_bytes = Path.read_bytes
+
+    def replace_and_read(self: Path) -> bytes:
+        save_artifact(artifact({0: matrix(seed=2)}), path)
+        return read_bytes(self)
+
+    save_artifact(artifact({0: matrix(seed=1)}), path)
+    digests = {hashlib.sha256(read_bytes(path)).hexdigest(): matrix(seed=1)}
+    monkeypatch.setattr(Path, "read_bytes", replace_and_read)
+    got = load_artifact(path)
+    digests[hashlib.sha256(read_bytes(path)).hexdigest()] = matrix(seed=2)
+    assert torch.equal(got.matrices[0], digests[got.sha256])
+
+
 # --- refusals of load --------------------------------------------------------------------------
 
 
