@@ -31,6 +31,7 @@ from ..kernels import (
     with_room,
 )
 from ..policies import PolicyTable, Router, Sizes, build_table
+from ..similarity import idle_thresholds
 from . import environment
 from .cpu_platform.experts import RUNNER
 from .definitions import Definition
@@ -58,7 +59,7 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routers.items()}
     num_experts = {layer: size.num_experts for layer, size in sizes.items()}
     check_artifacts(runtime.loaded, runtime.artifacts, num_experts, server_args)
-    warn_of_policies(runtime.loaded, sizes)
+    warn_of_policies(runtime.loaded, runtime.artifacts, sizes)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
     runtime.has_graphs = replays_decode_steps(server_args)
     layers = []
@@ -137,9 +138,11 @@ def _sizes(topk: TopK, experts: FusedMoE) -> Sizes:
     )
 
 
-def warn_of_policies(loaded: LoadedConfig, sizes: Mapping[int, Sizes]) -> None:
+def warn_of_policies(
+    loaded: LoadedConfig, artifacts: Mapping[str, SimilarityArtifact], sizes: Mapping[int, Sizes]
+) -> None:
     """Hold the policies to the model's layers. Raises `PolicyError`."""
-    for doubt in check_policies(loaded, sizes):
+    for doubt in [*check_policies(loaded, sizes), *idle_thresholds(loaded, artifacts)]:
         if get_tp_group().is_first_rank:
             logger.warning("%s: %s", loaded.path, doubt)
 

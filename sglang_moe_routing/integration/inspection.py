@@ -9,7 +9,7 @@ from ..config import check_policies, load_config
 from ..errors import RoutingError
 from ..kernels import choose
 from ..policies import Sizes
-from ..similarity import load_similarities
+from ..similarity import idle_thresholds, load_similarities
 from . import hooking
 from .report import Finding, Inspection
 
@@ -30,9 +30,9 @@ def inspect(config: Path, model: Mapping[int, Sizes] | None = None) -> Inspectio
     try:
         loaded = load_config(config)
         result.policies = loaded.config.names
-        load_similarities(loaded)
+        result.warnings += idle_thresholds(loaded, load_similarities(loaded))
         if model is not None:
-            result.warnings = check_policies(loaded, model)
+            result.warnings += check_policies(loaded, model)
     except RoutingError as error:
         result.problems.append(str(error))
     result.platform = _platform()

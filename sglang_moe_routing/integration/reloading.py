@@ -190,9 +190,8 @@ def _stage(state: Runtime, digest: int, server_args: Any) -> Staged:
     artifacts = used_artifacts(loaded)
     num_experts = {layer.layer_id: layer.num_experts for layer in state.layers}
     check_artifacts(loaded, artifacts, num_experts, server_args)
-    warn_of_policies(
-        loaded, {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in state.layers}
-    )
+    sizes = {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in state.layers}
+    warn_of_policies(loaded, artifacts, sizes)
     table = state.ids.with_config(define(loaded, artifacts))
     layers = [_stage_layer(state, layer, table) for layer in state.layers]
     return Staged(loaded, artifacts, table, layers)

@@ -40,7 +40,7 @@ class Inspection:
     kernels_reason: str = ""
     config: str = ""
     policies: Sequence[str] = ()
-    warnings: Sequence[str] = ()
+    warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
