@@ -43,7 +43,8 @@ class StrictModel(BaseModel):
 
 
 MAX_ROWS = 65_535
-"""Most rows of a call. No number of rows or experts is larger: all fit the kernels' tables."""
+"""Most rows of a call that the kernels take. A policy names no larger number of rows or experts,
+so that all fit the kernels' tables."""
 
 MOST_LAYERS = 10_000
 """More than any model has: a range is a set of ids, and a typing error must not fill the memory."""
@@ -73,6 +74,9 @@ def parse_layers(value: object) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
+_MOST_SPANS = 20
+
+
 def runs(layers: Iterable[int]) -> list[range]:
     """Layer ids as runs of consecutive ones."""
     found: list[range] = []
@@ -85,8 +89,9 @@ def runs(layers: Iterable[int]) -> list[range]:
 
 
 def format_layers(layers: Iterable[int]) -> str:
-    """Layer ids as `parse_layers` reads them, such as ``0-3,7``."""
-    return ",".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs(layers))
+    """Layer ids for a message, such as ``0-3,7``; a long list is cut."""
+    spans = [f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs(layers)]
+    return ",".join([*spans[:_MOST_SPANS], *(["..."] if len(spans) > _MOST_SPANS else [])])
 
 
 _LAYERS_SCHEMA = {
@@ -210,7 +215,7 @@ Similarity = Annotated[SimilaritySchedule, BeforeValidator(_parse_schedule), _Sc
 def _refuse_no_limit(value: object) -> object:
     if isinstance(value, int) and value > MAX_ROWS:
         raise ValueError(
-            f"{shorten(value)} is above {MAX_ROWS}, the most rows of a call; "
+            f"{shorten(value)} is above {MAX_ROWS}, the most that can be said; "
             "where there is no limit, leave max_rows out"
         )
     return value
@@ -327,10 +332,8 @@ def _unused(name: str, schedule: Schedule[int] | Schedule[float], policy: Policy
     engage = policy.engage
     for layers in schedule.layers:
         if engage.layers is not None and not set(layers) & set(engage.layers):
-            yield (
-                f"{name}.layers.{format_layers(layers)}: has no effect, because engage.layers is "
-                f"{format_layers(engage.layers)}"
-            )
+            named = format_layers(layers)
+            yield f"{name}.layers.{named}: has no effect, because engage.layers leaves it out"
     for start, end in pairwise([*sorted(schedule.rows), MAX_ROWS + 1]):
         if start > engage.last_row or end <= engage.min_rows:
             yield (

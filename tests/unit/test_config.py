@@ -152,7 +152,7 @@ PROBLEMS = {
         "policies.a.engage.phase: Input should be 'decode' or 'all', got 'prefill'"
     ),
     "policies: {a: {kind: oea, k0: 3, engage: {max_rows: 2147483647}}}": (
-        "policies.a.engage.max_rows: 2147483647 is above 65535, the most rows of a call; "
+        "policies.a.engage.max_rows: 2147483647 is above 65535, the most that can be said; "
         "where there is no limit, leave max_rows out"
     ),
     "policies: {a: {kind: oea, k0: 3, engage: {min_rows: 4294967297}}}": (
@@ -259,6 +259,9 @@ HUGE = {
     "a number": policy(f"kind: oea, k0: 0x{'f' * 10_000}"),
     "a key": f"version: 1\n{'k' * 500}: 1",
     "a range of layers": policy("kind: oea, k0: {default: 3, layers: {0-9999: x}}"),
+    "scattered layers": policy(
+        f"kind: oea, k0: {{default: 3, layers: {{{','.join(map(str, range(0, 999, 2)))!r}: x}}}}"
+    ),
     "a kind": policy(f"kind: {'k' * 10_000}"),
     "a layer": policy(f"kind: oea, k0: 1, engage: {{layers: {'k' * 10_000}}}"),
     "an alias": f"version: *{'k' * 10_000}",
