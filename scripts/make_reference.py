@@ -74,15 +74,21 @@ Without the variable the plugin leaves SGLang alone. `sglang-moe-routing serve` 
 `--routing-config` and without the variable uses `default.yaml` below.
 
 Check a file before you serve it. Every problem is listed with file, line, key path and value, and
-the exit status is 1. Unknown keys, keys given twice and values of the wrong type are refused.
+the exit status is 1. Unknown keys, keys given twice, values of the wrong type and keys that have no
+effect where they stand are refused. Policies that have much in common may use YAML's merge keys
+(`<<: *other`).
 
 ```console
 $ sglang-moe-routing validate routing.yaml
 routing.yaml: ok; policies: vanilla, fast
 ```
 
-Whether a policy fits a *model* (for instance `k0` against the model's experts per token) is known
-only when the model is loaded; the server then stops with the key path and the limit.
+Whether a policy fits a *model* is known only when the model is loaded: `k0` against its experts per
+token, named layers against its MoE layers (a range may cover dense layers, but not consist of them,
+nor go beyond the last MoE layer). The server then stops with the key path and the limit. A policy
+that can be served but is hardly meant is warned of in its log: a `max_active` so low that all
+tokens of a step share nearly the same experts, or a policy that never acts. `check --model MODEL`
+tells both beforehand.
 
 Ready-made files, in [configs/](../configs):
 
@@ -112,7 +118,8 @@ LAYERS = """\
 
 SCHEDULE_EXAMPLE = """\
 A plain number is a schedule that is the same everywhere. The values of `k0` and `num_primary` are
-integers ≥ 1.
+integers ≥ 1. What a schedule says about rows or layers at which `engage` keeps the policy out is
+refused.
 
 ```yaml
 version: 1
@@ -270,8 +277,9 @@ def _type(field: Mapping[str, Any], key: str = "") -> str:
         return SECTIONS.get(name, "[schedule](#schedules)")
     if key == "layers" and "anyOf" in field:
         return "layers"
-    if "anyOf" in field:
-        options = [option for option in field["anyOf"] if option.get("type") != "null"]
+    if "anyOf" in field or "oneOf" in field:
+        either = field.get("anyOf") or field["oneOf"]
+        options = [option for option in either if option.get("type") != "null"]
         return ", or ".join(dict.fromkeys(_type(option) for option in options))
     if "const" in field:
         return f"`{field['const']}`"

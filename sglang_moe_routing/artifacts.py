@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from .checkpoint import Fingerprint
-from .errors import ArtifactError
+from .errors import ArtifactError, shorten
 
 FORMAT = "sglang-moe-routing/similarity"
 FORMAT_VERSION = 1
@@ -116,25 +116,27 @@ def load_artifact(path: str | Path) -> SimilarityArtifact:
     """
     path = Path(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        raw = path.read_bytes()  # once: the file may be replaced at any time
+        tensors = load(raw)
+        header_bytes = int.from_bytes(raw[:8], "little")
+        metadata = json.loads(raw[8 : 8 + header_bytes]).get("__metadata__", {})
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such similarity artifact") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype torch lacks
         raise ArtifactError(f"{path}: not a readable safetensors file: {error}") from error
     if metadata.get("format") != FORMAT or metadata.get("format_version") != str(FORMAT_VERSION):
         raise ArtifactError(
-            f"{path}: format is {metadata.get('format')!r} version "
-            f"{metadata.get('format_version')!r}, expected {FORMAT!r} version {FORMAT_VERSION}"
+            f"{path}: format is {shorten(metadata.get('format'))} version "
+            f"{shorten(metadata.get('format_version'))}, expected {FORMAT!r} version "
+            f"{FORMAT_VERSION}"
         )
     artifact = SimilarityArtifact(
-        matrices={_layer_id(name, path): tensor for name, tensor in tensors.items()},
+        matrices={_layer_id(name, path): tensors[name] for name in sorted(tensors)},
         metric=metadata.get("metric", ""),
         model=metadata.get("model", ""),
         details=_json_object(metadata, "details", path),
         fingerprint=_fingerprint(metadata, path),
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=hashlib.sha256(raw).hexdigest(),
     )
     _validate(artifact, path)
     return artifact
@@ -143,7 +145,9 @@ def load_artifact(path: str | Path) -> SimilarityArtifact:
 def _layer_id(name: str, path: Path) -> int:
     suffix = name.removeprefix(PREFIX)
     if suffix == name or not suffix.isdecimal() or suffix != str(int(suffix)):
-        raise ArtifactError(f"{path}: unexpected tensor {name!r}, expected '{PREFIX}<layer id>'")
+        raise ArtifactError(
+            f"{path}: unexpected tensor {shorten(name)}, expected '{PREFIX}<layer id>'"
+        )
     return int(suffix)
 
 
@@ -153,7 +157,7 @@ def _json_object(metadata: Mapping[str, str], key: str, path: Path) -> dict[str,
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}: metadata {key!r} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ArtifactError(f"{path}: metadata {key!r} is {value!r}, expected a JSON object")
+        raise ArtifactError(f"{path}: metadata {key!r} is {shorten(value)}, expected a JSON object")
     return value
 
 
@@ -171,7 +175,7 @@ def _fingerprint(metadata: Mapping[str, str], path: Path) -> Fingerprint | None:
 def _validate(artifact: SimilarityArtifact, path: Path) -> None:
     if artifact.metric not in METRICS:
         raise ArtifactError(
-            f"{path}: unknown metric {artifact.metric!r}; known: {', '.join(METRICS)}"
+            f"{path}: unknown metric {shorten(artifact.metric)}; known: {', '.join(METRICS)}"
         )
     if not artifact.matrices:
         raise ArtifactError(f"{path}: holds no similarity matrix")

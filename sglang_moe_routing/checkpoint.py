@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> Fingerprint:
     for name in names[::step]:
         weights.update(name.encode() + b"\0" + _sample(tensors[name]))
     return Fingerprint(structure.hexdigest(), weights.hexdigest())
+
+
+def moe_layers(names: Iterable[str]) -> list[int]:
+    """Ids of the layers for which a checkpoint's tensors include routed experts."""
+    found = (re.search(r"\blayers\.(\d+)\.(?:\w+\.)*experts\.", name) for name in names)
+    return sorted({int(match[1]) for match in found if match})
 
 
 def _files(folder: Path) -> list[Path]:

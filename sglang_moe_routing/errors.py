@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class RoutingError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -59,3 +61,21 @@ class KernelError(RoutingError, RuntimeError):
 
 class BenchError(RoutingError, ValueError):
     """A measurement cannot be made as asked, or its results are wrong."""
+
+
+class _Shortener(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxstring = self.maxother = self.maxlong = 80
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python converts no more than a few thousand digits
+            return f"an integer of {value.bit_length()} bits"
+
+
+def shorten(value: object) -> str:
+    """``repr(value)`` for a message: a user's value may be of any size."""
+    return _Shortener().repr(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import inf
 
 from .artifacts import METRICS, SimilarityArtifact, load_artifact
 from .config import LoadedConfig
@@ -25,15 +26,35 @@ def load_similarities(loaded: LoadedConfig) -> dict[str, SimilarityArtifact]:
     return artifacts
 
 
-def _unreachable(loaded: LoadedConfig, artifacts: dict[str, SimilarityArtifact]) -> Iterator[str]:
-    """Thresholds that no similarity reaches: such a policy would silently be vanilla."""
+def idle_thresholds(loaded: LoadedConfig, artifacts: Mapping[str, SimilarityArtifact]) -> list[str]:
+    """Thresholds above every similarity that their artifact holds: legal, but vanilla."""
+    return [
+        f"policies.{name}.{THRESHOLD}: {min(thresholds)} is above {highest:.4g}, the highest "
+        f"similarity of two experts in artifact {source!r}: no expert is ever re-routed"
+        for name, source, thresholds in _users(loaded)
+        if thresholds and min(thresholds) > (highest := _highest(artifacts[source]))
+    ]
+
+
+def _highest(artifact: SimilarityArtifact) -> float:
+    pairs = (matrix.float().clone().fill_diagonal_(-inf) for matrix in artifact.matrices.values())
+    return max(float(matrix.max()) for matrix in pairs)
+
+
+def _users(loaded: LoadedConfig) -> Iterator[tuple[str, str, list[float]]]:
+    """Policies that use an artifact: name, artifact and thresholds."""
     for name, policy in zip(loaded.config.names, loaded.config.definitions, strict=True):
         source = loaded.config.artifact_of(name)
-        if source is None:
-            continue
+        if source is not None:
+            yield name, source, _thresholds(policy)
+
+
+def _unreachable(loaded: LoadedConfig, artifacts: dict[str, SimilarityArtifact]) -> Iterator[str]:
+    """Thresholds that no similarity reaches: such a policy would silently be vanilla."""
+    for name, source, thresholds in _users(loaded):
         metric = artifacts[source].metric
         highest = METRICS[metric].highest
-        for value in _thresholds(policy):
+        for value in thresholds:
             if value > highest:
                 yield (
                     f"policies.{name}.{THRESHOLD}: {value} is above {highest:g}, the highest value "

@@ -31,7 +31,7 @@ def calibrate(
             help="Text, JSONL or Parquet file, or data set NAME:CONFIG@SPLIT; repeat for more.",
         ),
     ] = None,
-    metric: Annotated[Metric, typer.Option(help="What makes experts alike.")] = "frobenius",
+    metric: Annotated[Metric, typer.Option(help="What makes experts alike.")] = "routed",
     num_sequences: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 400,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of sequences.")] = 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,13 @@ import typer
 from rich.table import Table
 
 from ..bench.server import server_environment
+from ..checkpoint import find_checkpoint, moe_layers, read_headers
 from ..config import bundled_config
-from ..errors import RoutingError
+from ..errors import CheckpointError, RoutingError
 from ..integration import environment
 from ..integration.report import Inspection
+from ..policies import Sizes
+from .evaluate import model_sizes
 from .output import Json, console, print_json
 
 
@@ -26,6 +30,10 @@ def check(
             envvar=environment.CONFIG,
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint that the policies must fit, a folder or in the local cache."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check sglang, the hooked symbols, platform, kernels and config; status 1 on a problem."""
@@ -35,7 +43,12 @@ def check(
         os.environ.update(server_environment(path))  # before sglang is imported
     except RoutingError as error:
         problems.append(str(error))
-    result = _inspect(path)
+    sizes = None
+    try:
+        sizes = None if model is None else moe_sizes(model)
+    except RoutingError as error:
+        problems.append(str(error))
+    result = _inspect(path, sizes)
     problems += [problem for problem in result.problems if problem not in problems]
     hooks = [{"target": f.target, "ok": f.ok, "problem": f.problem} for f in result.findings]
     if json:
@@ -48,6 +61,7 @@ def check(
                 "kernels": result.kernels,
                 "kernels_reason": result.kernels_reason,
                 "config": {"file": result.config, "policies": list(result.policies)},
+                "warnings": list(result.warnings),
                 "problems": problems,
             }
         )
@@ -61,6 +75,8 @@ def check(
         table.add_row("kernels", kernels)
         table.add_row("config", f"{result.config}: {', '.join(result.policies) or 'not usable'}")
         console.print(table)
+        for warning in result.warnings:
+            console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         for problem in problems:
             console.print(f"problem: {problem}", style="red", highlight=False, soft_wrap=True)
         if not problems:
@@ -68,9 +84,22 @@ def check(
     raise typer.Exit(1 if problems else 0)
 
 
-def _inspect(path: Path) -> Inspection:
+def moe_sizes(model: str) -> dict[int, Sizes]:
+    """The model's MoE layers, read from its config and its checkpoint's headers.
+
+    Raises:
+        RoutingError: they cannot be read.
+    """
+    num_experts, top_k = model_sizes(model, trust_remote_code=False)
+    layers = moe_layers(read_headers(find_checkpoint(model)))
+    if not layers:
+        raise CheckpointError(f"{model}: the checkpoint has no MoE layers")
+    return dict.fromkeys(layers, Sizes(top_k, num_experts))
+
+
+def _inspect(path: Path, model: Mapping[int, Sizes] | None) -> Inspection:
     if importlib.util.find_spec("sglang") is None:
         return Inspection(config=str(path))
     from ..integration.inspection import inspect
 
-    return inspect(path)
+    return inspect(path, model)

@@ -1,5 +1,6 @@
 """Routing configs: their schema, how they are read, and how a request picks a policy."""
 
+from .fit import check_policies
 from .loader import LoadedConfig, bundled_config, load_config
 from .schema import DEFAULT_GROUP, DEFAULT_HEADER, VANILLA, RoutingConfig, json_schema, model_for
 from .selection import BODY_KEY, GROUP_KEY, choose, choose_group, split_alias
@@ -13,6 +14,7 @@ __all__ = [
     "LoadedConfig",
     "RoutingConfig",
     "bundled_config",
+    "check_policies",
     "choose",
     "choose_group",
     "json_schema",

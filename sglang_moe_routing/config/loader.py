@@ -15,11 +15,21 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shorten
 from ..policies import PolicyRegistry, installed_registry
+from ..policies.base import format_layers
 from .schema import RoutingConfig, model_for
 
 BUNDLED = "configs"
+MOST_PROBLEMS = 100
+"""So many are listed: aliases let a small file hold any number."""
+
+_EXPECTED = dict.fromkeys(
+    ("model_type", "model_attributes_type", "dict_type"), "Input should be keys with values"
+)
+"""Instead of pydantic's messages that name a Python class."""
+_LONGEST_KEY = 64
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,17 @@ def load_config(path: str | Path, registry: PolicyRegistry | None = None) -> Loa
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the routing config: {error.strerror}") from None
     tree, content = _parse(path, raw)
+    if content is None:
+        raise ConfigError(f"{path}:1: the file is empty; it needs at least 'version: 1'")
     registry = registry or installed_registry()
     model = model_for(registry)
     try:
         config = model.model_validate(content)
     except ValidationError as error:
-        problems = [_describe(e, model, registry, tree) for e in error.errors()]
+        found = error.errors()
+        problems = [_describe(e, model, registry, tree) for e in found[:MOST_PROBLEMS]]
+        if len(found) > MOST_PROBLEMS:
+            problems.append(f" and {len(found) - MOST_PROBLEMS} more")
         raise ConfigError("\n".join(f"{path}:{problem}" for problem in problems)) from None
     return LoadedConfig(
         config=config,
@@ -84,18 +99,46 @@ def bundled_config(name: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys, which PyYAML silently overwrites."""
+    """Safe YAML that refuses duplicate keys, which PyYAML silently overwrites.
+
+    Merge keys (``<<``) are resolved among finished mappings, each built once: PyYAML's own way
+    copies nodes, of which a few nested merges make billions.
+    """
+
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self.deep_construct = True  # what an alias leads to is finished
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        own: dict[Hashable, Any] = {}
+        merged: dict[Hashable, Any] = {}
         seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+        for key_node, value_node in node.value:
+            is_merge = key_node.tag == _MERGE
+            key = "<<" if is_merge else self.construct_object(key_node)
             if key in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
+                    problem=f"key {shorten(key)} is given twice", problem_mark=key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+            if is_merge:
+                merged = self._merge(value_node)
+            else:
+                own[key] = self.construct_object(value_node)
+        return merged | own
+
+    def _merge(self, node: yaml.Node) -> dict[Hashable, Any]:
+        """What ``<<`` brings: of several mappings the first that has a key counts."""
+        value = self.construct_object(node)
+        merged: dict[Hashable, Any] = {}
+        for source in value if isinstance(value, list) else [value]:
+            if not isinstance(source, dict):
+                raise yaml.MarkedYAMLError(
+                    problem=f"'<<' merges mappings, got {shorten(source)}",
+                    problem_mark=node.start_mark,
+                )
+            merged = source | merged
+        return merged
 
 
 def _parse(path: Path, raw: bytes) -> tuple[yaml.Node | None, Any]:
@@ -103,9 +146,14 @@ def _parse(path: Path, raw: bytes) -> tuple[yaml.Node | None, Any]:
         return yaml.compose(raw, Loader=_Loader), yaml.load(raw, Loader=_Loader)  # noqa: S506
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+        raise ConfigError(f"{path}:{line}: not valid YAML: {_cut(error.problem)}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}: not valid YAML: {_cut(error)}") from None
+
+
+def _cut(message: object) -> str:
+    """A message of PyYAML, which may quote a text of any length."""
+    return str(message)[:200]
 
 
 def _describe(
@@ -119,6 +167,8 @@ def _describe(
     is_key = loc[-1:] == ["[key]"]
     if is_key:
         loc.pop()
+    if len(loc) > 1 and loc[0] == "clients_may_choose":
+        loc.pop(1)  # the union tag that pydantic inserts
     if len(loc) > 2 and loc[0] == "policies":  # drop the union tag that pydantic inserts
         kind = str(loc.pop(2))
         known_fields = _fields(registry[kind], loc[2:-1])
@@ -135,14 +185,14 @@ def _describe(
     elif error["type"] in ("union_tag_not_found", "union_tag_invalid"):
         loc.append("kind")
         given = value.get("kind") if isinstance(value, dict) else None
-        found = f"{given!r} is not a policy kind" if given is not None else "missing"
+        found = f"{shorten(given)} is not a policy kind" if given is not None else "missing"
         message = f"{found}; known: {', '.join(registry)}"
     elif error["type"] == "missing":
         message = "missing; this key is required"
     elif is_key:
         message = f"not a valid key: {message}"
     elif error["type"] != "value_error":
-        message = f"{message}, got {value!r}"
+        message = f"{_EXPECTED.get(error['type'], message)}, got {shorten(value)}"
     if error["type"] == "value_error" and not loc:
         where, _, message = message.partition(": ")  # our own checks lead with the key path
         return f"{_line(tree, where.split('.'))}: {where}: {message}"
@@ -152,7 +202,10 @@ def _describe(
 
 def _key(part: int | str) -> str:
     """A key as it may be written: ranges of layers were parsed to tuples of ids."""
-    return re.sub(r"^\((\d+(, \d+)*),?\)$", r"\1", str(part)).replace(", ", ",")
+    text = str(part)
+    if re.fullmatch(r"\(\d+(, \d+)*,?\)", text):
+        return format_layers(map(int, re.findall(r"\d+", text)))
+    return text if len(text) <= _LONGEST_KEY else shorten(text)
 
 
 def _fields(model: Any, loc: Sequence[int | str]) -> list[str]:
@@ -196,7 +249,7 @@ def _expand(path: Path, tree: yaml.Node | None, name: str, value: str) -> Path:
         line = _line(tree, ["similarity", name])
         raise ConfigError(
             f"{path}:{line}: similarity.{name}: environment variable {missing[0]} "
-            f"in {value!r} is not set"
+            f"in {shorten(value)} is not set"
         )
     expanded = re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], value)
     return Path(os.path.abspath(path.parent / Path(expanded).expanduser()))

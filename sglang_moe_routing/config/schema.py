@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from ..errors import shorten
 from ..policies import Policy, PolicyRegistry, Vanilla
 from ..policies.base import StrictModel
 
@@ -56,6 +57,15 @@ class _SourceJson:
 
 Source = Annotated[SimilaritySource, BeforeValidator(_parse_source), _SourceJson]
 
+Choosable = Annotated[
+    Annotated[Literal["all"], Tag("all")] | Annotated[list[Name], Tag("names")],
+    Discriminator(
+        lambda value: "names" if isinstance(value, list) else "all" if value == "all" else None,
+        custom_error_type="choosable",
+        custom_error_message="Input should be 'all' or a list of policies",
+    ),
+]
+
 
 class Isolation(StrictModel):
     """Groups of requests that do not influence each other's routing: a row votes for, and rides
@@ -70,6 +80,12 @@ class Isolation(StrictModel):
     status 401, or is in the group of its policy."""
     policies: dict[Name, Name] = {}
     """Group by policy: policy → group."""
+
+    @model_validator(mode="after")
+    def _there_are_other_keys(self) -> Self:
+        if "other_keys" in self.model_fields_set and not self.api_keys:
+            raise ValueError("other_keys: has no effect without api_keys")
+        return self
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -115,7 +131,7 @@ class RoutingConfig(StrictModel):
     """Policy of a request that names none."""
     header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = DEFAULT_HEADER
     """HTTP header with which a client picks a policy."""
-    clients_may_choose: Literal["all"] | list[Name] = "all"
+    clients_may_choose: Choosable = "all"
     """Policies that clients may pick: 'all', or a list of names. The default is always allowed."""
     prefix_cache: Literal["isolated", "shared"] = "isolated"
     """'isolated': KV made under a policy is reused under the same policy only.
@@ -196,7 +212,7 @@ class RoutingConfig(StrictModel):
             raise ValueError(f"{where}: name one of the similarity artifacts; known: {known}")
         if artifact not in self.similarity:
             raise ValueError(
-                f"{where}: {artifact!r} is not in the top-level 'similarity' section; "
+                f"{where}: {shorten(artifact)} is not in the top-level 'similarity' section; "
                 f"known: {known}"
             )
         return str(artifact)

@@ -17,8 +17,8 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import Fingerprint, find_checkpoint, fingerprint, read_headers
-from ..config import LoadedConfig
-from ..errors import ArtifactError, CheckpointError, EngineError, KernelError, PolicyError
+from ..config import LoadedConfig, check_policies
+from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
 from ..kernels import (
     CHOICE,
     REFERENCE,
@@ -30,7 +30,8 @@ from ..kernels import (
     unsupported,
     with_room,
 )
-from ..policies import PolicyTable, Router, build_table
+from ..policies import PolicyTable, Router, Sizes, build_table
+from ..similarity import idle_thresholds
 from . import environment, runners
 from .cpu_platform.experts import RUNNER
 from .definitions import Definition
@@ -55,8 +56,10 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     _check_ranks_agree(runtime)
     server_args = model_runner.server_args
     routers = _routed_layers(model_runner.model)
-    num_experts = {layer: _num_routed(experts) for layer, (_, experts) in routers.items()}
+    sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routers.items()}
+    num_experts = {layer: size.num_experts for layer, size in sizes.items()}
     check_artifacts(runtime.loaded, runtime.artifacts, num_experts, server_args)
+    warn_of_policies(runtime.loaded, runtime.artifacts, sizes)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
     runtime.has_graphs = replays_decode_steps(server_args)
     layers = []
@@ -127,8 +130,21 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
     return {layer: (routers[layer], experts[layer]) for layer in sorted(experts)}
 
 
-def _num_routed(experts: FusedMoE) -> int:
-    return int(experts.num_experts - experts.num_fused_shared_experts)
+def _sizes(topk: TopK, experts: FusedMoE) -> Sizes:
+    config = topk.topk_config
+    return Sizes(
+        top_k=int(config.top_k - config.num_shared_topk_slots),
+        num_experts=int(experts.num_experts - experts.num_fused_shared_experts),
+    )
+
+
+def warn_of_policies(
+    loaded: LoadedConfig, artifacts: Mapping[str, SimilarityArtifact], sizes: Mapping[int, Sizes]
+) -> None:
+    """Hold the policies to the model's layers. Raises `PolicyError`."""
+    for doubt in [*check_policies(loaded, sizes), *idle_thresholds(loaded, artifacts)]:
+        if get_tp_group().is_first_rank:
+            logger.warning("%s: %s", loaded.path, doubt)
 
 
 def _has_bias_per_token(module: torch.nn.Module) -> bool:
@@ -172,10 +188,9 @@ def _make_layer(
             f"{where}: MoE runner backend {config.runner_backend} routes inside its kernel; "
             "add --moe-runner-backend triton"
         )
-    top_k = config.top_k - config.num_shared_topk_slots
-    num_experts = _num_routed(experts)
+    sizes = _sizes(topk, experts)
+    top_k, num_experts = sizes.top_k, sizes.num_experts
     router = make_router(config, where)
-    check_policies(runtime.loaded, top_k, num_experts)
     definitions = runtime.ids.table
     table = make_table(definitions, topk.layer_id, top_k, num_experts, device)
     problem = unsupported(table, router, num_experts, top_k)
@@ -230,18 +245,6 @@ def _compile(runtime: Runtime, table: PolicyTable) -> KernelTable:
         artifacts=needed.artifacts + max(needed.artifacts, reload.artifacts),
     )
     return with_room(compiled, room)
-
-
-def check_policies(loaded: LoadedConfig, top_k: int, num_experts: int) -> None:
-    """Raise `PolicyError` that lists every policy of a config that does not fit the model."""
-    config = loaded.config
-    problems = [
-        f"policies.{name}.{problem}"
-        for name, policy in zip(config.names, config.definitions, strict=True)
-        for problem in policy.check(top_k, num_experts)
-    ]
-    if problems:
-        raise PolicyError(f"{loaded.path}: " + "; ".join(problems))
 
 
 def make_router(config: Any, where: str) -> Router:

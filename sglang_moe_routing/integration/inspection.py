@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..config import load_config
+from ..config import check_policies, load_config
 from ..errors import RoutingError
 from ..kernels import choose
-from ..similarity import load_similarities
+from ..policies import Sizes
+from ..similarity import idle_thresholds, load_similarities
 from . import hooking
 from .report import Finding, Inspection
 
 
-def inspect(config: Path) -> Inspection:
-    """Run every check that needs no model and no server flags."""
+def inspect(config: Path, model: Mapping[int, Sizes] | None = None) -> Inspection:
+    """Run every check that needs no loaded model and no server flags.
+
+    Args:
+        model: MoE layers by layer id, to hold the policies to.
+    """
     result = Inspection(config=str(config))
     try:
         result.sglang = hooking.check_version()
@@ -25,7 +30,9 @@ def inspect(config: Path) -> Inspection:
     try:
         loaded = load_config(config)
         result.policies = loaded.config.names
-        load_similarities(loaded)
+        result.warnings += idle_thresholds(loaded, load_similarities(loaded))
+        if model is not None:
+            result.warnings += check_policies(loaded, model)
     except RoutingError as error:
         result.problems.append(str(error))
     result.platform = _platform()

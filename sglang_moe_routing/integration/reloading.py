@@ -23,9 +23,9 @@ from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig, RoutingConfig, load_config
 from ..errors import KernelError, ReloadError, RoutingError
 from ..kernels import KernelTable, compile_table, unsupported, with_room
-from ..policies import PolicyTable
+from ..policies import PolicyTable, Sizes
 from . import environment, metrics, runtime
-from .attach import check_artifacts, check_policies, digests, make_table
+from .attach import check_artifacts, digests, make_table, warn_of_policies
 from .definitions import Definition, define
 from .runtime import Layer, Runtime, used_artifacts
 from .statistics import KEY
@@ -190,8 +190,8 @@ def _stage(state: Runtime, digest: int, server_args: Any) -> Staged:
     artifacts = used_artifacts(loaded)
     num_experts = {layer.layer_id: layer.num_experts for layer in state.layers}
     check_artifacts(loaded, artifacts, num_experts, server_args)
-    for layer in state.layers:
-        check_policies(loaded, layer.top_k, layer.num_experts)
+    sizes = {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in state.layers}
+    warn_of_policies(loaded, artifacts, sizes)
     table = state.ids.with_config(define(loaded, artifacts))
     layers = [_stage_layer(state, layer, table) for layer in state.layers]
     return Staged(loaded, artifacts, table, layers)

@@ -29,6 +29,7 @@ class Inspection:
         kernels: implementation of the re-routing on this machine's device.
         kernels_reason: why that one.
         config: the checked file and its policies.
+        warnings: what can be served but is hardly meant.
         problems: everything that would keep a server from starting.
     """
 
@@ -39,6 +40,7 @@ class Inspection:
     kernels_reason: str = ""
     config: str = ""
     policies: Sequence[str] = ()
+    warnings: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property

@@ -1,5 +1,6 @@
 """Compiled kernels for the re-routing: built on first use, chosen once, called as torch ops."""
 
+from ..policies import MAX_ROWS
 from .native import (
     CACHE,
     CHOICE,
@@ -11,7 +12,7 @@ from .native import (
     choose,
 )
 from .ops import fused, fused_out, refine, refine_out, workspace
-from .table import MAX_ROWS, KernelTable, Room, compile_table, unsupported, with_room
+from .table import KernelTable, Room, compile_table, unsupported, with_room
 
 __all__ = [
     "CACHE",

@@ -8,15 +8,17 @@ fails is an error.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +48,7 @@ _CPU_FLAGS = ("-O3", "-fopenmp")
 _HOST_FLAGS = ("-O3", "-fopenmp-simd")  # of the C++ beside CUDA kernels
 _CUDA_FLAGS = ("-O3",)
 _READY = "ready.json"  # written last: other processes must not load a half-linked file
+_LOCK = "build.lock"
 
 logger = logging.getLogger(__name__)
 
@@ -188,27 +191,81 @@ def _sources(backend: Backend) -> list[Path]:
 
 
 def _fingerprint(backend: Backend) -> str:
-    """Digest of everything that goes into a binary, but for the CUDA architectures."""
+    """Digest of what goes into a binary, but for tools and CUDA architectures."""
     digest = hashlib.sha256()
     folder = sources()
     rooms = ["include", backend] + (["simt"] if backend == "cuda" else [])
     for path in sorted(p for room in rooms for p in (folder / room).rglob("*.*")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     flags = (*_host_flags(backend), *_CUDA_FLAGS)
-    described = (flags, version("apache-tvm-ffi"), platform.machine(), os.environ.get("CXX", "c++"))
+    described = (flags, version("apache-tvm-ffi"), platform.machine())
     digest.update(repr(described).encode())
     return digest.hexdigest()[:16]
 
 
+def _tools(backend: Backend) -> Mapping[str, str] | None:
+    """What this machine compiles with, by version; None where it cannot compile.
+
+    A binary of other tools may need another libcudart or C++ runtime than is here. Without tools,
+    as in a slim image, it is still the best there is.
+    """
+    try:
+        if _missing_tools(backend):
+            return None
+    except KernelError:  # CUDA_HOME is set, as images do, and holds no toolkit
+        return None
+    commands = {"c++": os.environ.get("CXX", "c++")}
+    if backend == "cuda":
+        commands["nvcc"] = str(cuda_home()) + "/bin/nvcc"
+    return {name: _version(command) for name, command in commands.items()}
+
+
+def _version(command: str) -> str:
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What ``ready.json`` says about the binary beside it."""
+
+    architectures: tuple[str, ...]
+    sha256: str
+    tools: Mapping[str, str]
+
+
+def _read_mark(folder: Path) -> _Mark | None:
+    """None where there is none, or one that an interrupted machine has left."""
+    try:
+        content = json.loads((folder / _READY).read_bytes())
+        mark = _Mark(tuple(content["architectures"]), content["sha256"], dict(content["tools"]))
+        for architecture in mark.architectures:
+            _numbers(architecture)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return mark
+
+
+def _intact(folder: Path, backend: Backend) -> _Mark | None:
+    """The mark of a binary that is what was built; None if it is damaged or not finished."""
+    mark = _read_mark(folder)
+    return mark if mark is not None and mark.sha256 == _digest(folder, backend) else None
+
+
 def _find_built(backend: Backend, wanted: Sequence[str]) -> Path | None:
-    """A finished folder with an intact binary that runs on every wanted architecture."""
-    for ready in sorted(cache_folder().glob(f"{backend}-{_fingerprint(backend)}*/{_READY}")):
-        built = json.loads(ready.read_text())
-        if not all(any(_runs_on(b, w) for b in built["architectures"]) for w in wanted):
+    """A folder with an intact binary, of this machine's tools, for every wanted architecture."""
+    tools = _tools(backend)
+    for ready in sorted(cache_folder().glob(f"{backend}-{_fingerprint(backend)}-*/{_READY}")):
+        mark = _intact(ready.parent, backend)
+        if mark is None:
+            logger.warning("the %s kernels in %s are damaged or gone", backend, ready.parent)
             continue
-        if _digest(ready.parent, backend) == built["sha256"]:
+        is_usable = tools is None or mark.tools == tools
+        if is_usable and all(any(_runs_on(b, w) for b in mark.architectures) for w in wanted):
             return ready.parent
-        logger.warning("the %s kernels in %s are damaged or gone", backend, ready.parent)
     return None
 
 
@@ -221,29 +278,20 @@ def _digest(folder: Path, backend: Backend) -> str:
 
 
 def _build(backend: Backend, architectures: Sequence[str]) -> Path:
-    missing = _missing_tools(backend)
-    if missing:
+    missing, tools = _missing_tools(backend), _tools(backend)
+    if missing or tools is None:
         raise KernelError(f"cannot compile the {backend} kernels: {missing}")
-    name = "-".join([backend, _fingerprint(backend), *architectures])
+    toolchain = hashlib.sha256(repr(sorted(tools.items())).encode()).hexdigest()[:8]
+    name = "-".join([backend, _fingerprint(backend), toolchain, *architectures])
     folder = cache_folder() / name
-    logger.warning("compiling the %s kernels into %s (once)", backend, folder)
-    import tvm_ffi.cpp
-
     try:
-        if (folder / _READY).exists():  # but the binary is damaged, and newer than the sources
-            (folder / _library_file(backend)).unlink(missing_ok=True)
-        with _build_environment(backend, architectures):
-            tvm_ffi.cpp.build(
-                _library_name(backend),
-                sources=[str(path) for path in _sources(backend)],
-                extra_cflags=list(_host_flags(backend)),
-                extra_cuda_cflags=list(_CUDA_FLAGS),
-                extra_ldflags=_link_flags(backend),
-                extra_include_paths=[str(sources() / "include"), str(sources())],
-                build_directory=str(folder),
-                backend="cuda" if backend == "cuda" else None,
-            )
-        _mark_ready(folder, backend, architectures)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if _intact(folder, backend) is None:  # else another process was faster
+                logger.warning("compiling the %s kernels into %s (once)", backend, folder)
+                _clear(folder)
+                _compile(backend, architectures, folder)
+                _mark_ready(folder, backend, architectures, tools)
     except (RuntimeError, OSError) as error:
         raise KernelError(
             f"compiling the {backend} kernels in {folder} failed ({CACHE} chooses another folder, "
@@ -252,11 +300,55 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
     return folder
 
 
-def _mark_ready(folder: Path, backend: Backend, architectures: Sequence[str]) -> None:
-    content = {"architectures": list(architectures), "sha256": _digest(folder, backend)}
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / _LOCK).open("w") as file:  # closing it lets go
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _clear(folder: Path) -> None:
+    """Leave nothing of an interrupted build: a cut object file looks finished to ninja."""
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _compile(backend: Backend, architectures: Sequence[str], folder: Path) -> None:
+    import tvm_ffi.cpp
+
+    with _build_environment(backend, architectures):
+        tvm_ffi.cpp.build(
+            _library_name(backend),
+            sources=[str(path) for path in _sources(backend)],
+            extra_cflags=list(_host_flags(backend)),
+            extra_cuda_cflags=list(_CUDA_FLAGS),
+            extra_ldflags=_link_flags(backend),
+            extra_include_paths=[str(sources() / "include"), str(sources())],
+            build_directory=str(folder),
+            backend="cuda" if backend == "cuda" else None,
+        )
+
+
+def _mark_ready(
+    folder: Path, backend: Backend, architectures: Sequence[str], tools: Mapping[str, str]
+) -> None:
+    """Say that the binary is whole, once it and what says so are on the disk."""
+    mark = _Mark(tuple(architectures), _digest(folder, backend), tools)
     unfinished = folder / f"{_READY}.{os.getpid()}"
-    unfinished.write_text(json.dumps(content))
+    unfinished.write_text(json.dumps(asdict(mark)))
+    for path in (folder / _library_file(backend), unfinished):
+        _flush(path)
     unfinished.replace(folder / _READY)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

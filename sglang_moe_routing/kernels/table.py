@@ -14,9 +14,6 @@ from ..policies import OEA, SERE, Budget, Policy, PolicyTable, Router, TopK, Van
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
 MAX_GROUPS = 32
-MAX_ROWS = 65535
-"""Most rows of a call; the kernels refuse more."""
-
 _KINDS: dict[type[Policy], int] = {Vanilla: 0, TopK: 1, OEA: 2, SERE: 3, Budget: 4}
 _INT32_WORDS = {
     "k0": 1,
@@ -84,14 +81,18 @@ def unsupported(table: PolicyTable, router: Router, num_experts: int, top_k: int
 
 
 def compile_table(table: PolicyTable) -> KernelTable:
-    """Lay `table` out for the kernels, on the same device. See `unsupported` for its limits."""
+    """Lay `table` out for the kernels, on the same device. See `unsupported` for its limits.
+
+    Raises:
+        KernelError: a number does not fit 32 bits.
+    """
     kinds = torch.tensor([_KINDS[kind] for kind in table.kinds], dtype=torch.int32)
     words = torch.zeros(*table.kind.shape, _NUM_WORDS, dtype=torch.int32)
     words[..., 0] = kinds[table.kind.cpu()]
-    words[:, 1:, _START_WORD] = table.starts.cpu().int()
+    words[:, 1:, _START_WORD] = _int32("starts", table.starts)
     for name, values in table.parameters.items():
         if name in _INT32_WORDS:
-            words[..., _INT32_WORDS[name]] |= values.cpu().int()
+            words[..., _INT32_WORDS[name]] |= _int32(name, values)
         else:
             bits = values.cpu().float().view(torch.int32)
             words[..., _FLOAT32_WORDS[name]] = bits
@@ -100,6 +101,15 @@ def compile_table(table: PolicyTable) -> KernelTable:
         policies=words.to(device),
         similarity=table.similarity.contiguous(),
     )
+
+
+def _int32(name: str, values: Tensor) -> Tensor:
+    """`values` on the CPU; one that wrapped would be another policy."""
+    words = values.cpu().int()
+    wrong = values.cpu()[words != values.cpu()]
+    if len(wrong):
+        raise KernelError(f"{name}: {int(wrong[0])} does not fit the kernels' 32-bit numbers")
+    return words
 
 
 def with_room(table: KernelTable, room: Room) -> KernelTable:

@@ -2,6 +2,7 @@
 
 from .base import (
     FREE,
+    MAX_ROWS,
     PAD,
     Count,
     Engagement,
@@ -14,6 +15,7 @@ from .base import (
     Similarity,
 )
 from .budget import Budget
+from .fit import Sizes, doubts, problems
 from .oea import OEA
 from .reference import Rerouted, reroute
 from .registry import (
@@ -31,6 +33,7 @@ from .vanilla import Vanilla
 __all__ = [
     "ENTRY_POINT_GROUP",
     "FREE",
+    "MAX_ROWS",
     "OEA",
     "PAD",
     "SERE",
@@ -48,10 +51,13 @@ __all__ = [
     "Rows",
     "Schedule",
     "Similarity",
+    "Sizes",
     "TopK",
     "Vanilla",
     "build_table",
     "builtin_registry",
+    "doubts",
     "installed_registry",
+    "problems",
     "reroute",
 ]

@@ -12,9 +12,10 @@ into a CUDA graph; the caller discards rows of other policies, whose parameters 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 import torch
@@ -22,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_v
 from pydantic.functional_validators import BeforeValidator
 from pydantic_core import CoreSchema
 from torch import Tensor
+
+from ..errors import shorten
 
 PAD = -1
 """Policy id of a padded row."""
@@ -58,11 +61,15 @@ class StrictModel(BaseModel):
     )
 
 
+MAX_ROWS = 65_535
+"""Most rows of a call that the kernels take. A policy names no larger number of rows or experts,
+so that all fit the kernels' tables."""
+
 MOST_LAYERS = 10_000
 """More than any model has: a range is a set of ids, and a typing error must not fill the memory."""
 
 
-def parse_layers(value: object) -> object:
+def parse_layers(value: object) -> tuple[int, ...]:
     """Turn ``5``, ``"0-3"``, ``"0-3,7"`` or a list of layer ids into a sorted tuple of ids."""
     if isinstance(value, tuple):
         return value
@@ -76,14 +83,34 @@ def parse_layers(value: object) -> object:
     for part in parts:
         first, dash, last = str(part).strip().partition("-")
         if isinstance(part, bool) or not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"{part!r} is not a layer id or a range such as 0-3")
+            raise ValueError(f"{shorten(part)} is not a layer id or a range such as 0-3")
         span = range(int(first), int(last or first) + 1)
         if span.stop > MOST_LAYERS:
-            raise ValueError(f"{part!r}: layer ids end at {MOST_LAYERS - 1}")
+            raise ValueError(f"{shorten(part)}: layer ids end at {MOST_LAYERS - 1}")
         if not span:
             raise ValueError(f"{part!r} is an empty range of layers")
         layers.update(span)
     return tuple(sorted(layers))
+
+
+_MOST_SPANS = 20
+
+
+def runs(layers: Iterable[int]) -> list[range]:
+    """Layer ids as runs of consecutive ones."""
+    found: list[range] = []
+    for layer in sorted(layers):
+        if found and layer == found[-1].stop:
+            found[-1] = range(found[-1].start, layer + 1)
+        else:
+            found.append(range(layer, layer + 1))
+    return found
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """Layer ids for a message, such as ``0-3,7``; a long list is cut."""
+    spans = [f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs(layers)]
+    return ",".join([*spans[:_MOST_SPANS], *(["..."] if len(spans) > _MOST_SPANS else [])])
 
 
 _LAYERS_SCHEMA = {
@@ -114,7 +141,25 @@ def _parse_schedule(value: object) -> object:
 def _parse_layer_values(value: object) -> object:
     if not isinstance(value, Mapping):
         return value
-    return {parse_layers(key): item for key, item in value.items()}
+    parsed: dict[object, object] = {}
+    keys: dict[int, object] = {}
+    for key, item in value.items():
+        layers = parse_layers(key)
+        for layer in layers:
+            if layer in keys:
+                both = f"{_written(keys[layer])} and {_written(key)}"
+                raise ValueError(f"layer {layer} is given twice, by {both}")
+            keys[layer] = key
+        parsed[layers] = item
+    return parsed
+
+
+def _written(layers: object) -> str:
+    return format_layers(layers) if isinstance(layers, tuple) else shorten(layers)
+
+
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_ROWS)]
+"""A positive number of rows or experts."""
 
 
 class Schedule(StrictModel, Generic[Number]):
@@ -125,21 +170,13 @@ class Schedule(StrictModel, Generic[Number]):
     """
 
     default: Number
-    rows: dict[Annotated[int, Field(ge=1)], Number] = {}
+    rows: dict[PositiveCount, Number] = {}
     """Steps: from this many live rows on, this value."""
     layers: Annotated[
         dict[tuple[int, ...], Number],
         BeforeValidator(_parse_layer_values, json_schema_input_type=dict[str, Number]),
     ] = {}
     """Layer ids or ranges: on these layers, this value."""
-
-    @model_validator(mode="after")
-    def _no_layer_twice(self) -> Self:
-        named = [layer for group in self.layers for layer in group]
-        twice = sorted({layer for layer in named if named.count(layer) > 1})
-        if twice:
-            raise ValueError(f"layer {twice[0]} is given twice in 'layers'")
-        return self
 
     def value(self, layer: int, num_rows: int) -> Number:
         """The value on `layer` when `num_rows` rows are live."""
@@ -153,6 +190,14 @@ class Schedule(StrictModel, Generic[Number]):
         """Every value that this schedule can take."""
         values: list[Number] = [self.default]
         values.extend(self.rows.values())
+        values.extend(self.layers.values())
+        return values
+
+    def values_from(self, num_rows: int) -> list[Number]:
+        """Every value that this schedule can take at `num_rows` live rows or more."""
+        reached = [start for start in self.rows if start <= num_rows]
+        values: list[Number] = [self.rows[max(reached)] if reached else self.default]
+        values.extend(value for start, value in self.rows.items() if start > num_rows)
         values.extend(self.layers.values())
         return values
 
@@ -171,7 +216,7 @@ class _ScheduleJson:
         return {"anyOf": [number, full]}
 
 
-class CountSchedule(Schedule[Annotated[int, Field(ge=1)]]):
+class CountSchedule(Schedule[PositiveCount]):
     """A positive integer that may depend on the layer or on the number of live rows."""
 
 
@@ -186,14 +231,23 @@ Similarity = Annotated[SimilaritySchedule, BeforeValidator(_parse_schedule), _Sc
 """A similarity threshold, or a `Schedule` of them."""
 
 
+def _refuse_no_limit(value: object) -> object:
+    if isinstance(value, int) and value > MAX_ROWS:
+        raise ValueError(
+            f"{shorten(value)} is above {MAX_ROWS}, the most that can be said; "
+            "where there is no limit, leave max_rows out"
+        )
+    return value
+
+
 class Engagement(StrictModel):
     """When a policy is in force. Outside this range its rows are vanilla."""
 
     phase: Literal["decode", "all"] = "decode"
     """'decode' leaves prefill exact; 'all' re-routes prompt tokens as well."""
-    min_rows: Annotated[int, Field(ge=1)] = 1
+    min_rows: PositiveCount = 1
     """Fewest live rows (tokens in the MoE call) at which the policy acts."""
-    max_rows: Annotated[int, Field(ge=1)] | None = None
+    max_rows: Annotated[PositiveCount | None, BeforeValidator(_refuse_no_limit)] = None
     """Most live rows at which the policy acts; no limit if absent."""
     layers: Layers | None = None
     """Layers on which the policy acts; all MoE layers if absent."""
@@ -209,6 +263,11 @@ class Engagement(StrictModel):
         in_rows = self.min_rows <= num_rows <= (self.max_rows or num_rows)
         return in_rows and (self.layers is None or layer in self.layers)
 
+    @property
+    def last_row(self) -> int:
+        """Most live rows at which the policy acts."""
+        return MAX_ROWS if self.max_rows is None else self.max_rows
+
 
 class Policy(StrictModel):
     """A named rule that changes which experts a token uses. Subclass it to add a kind.
@@ -222,6 +281,19 @@ class Policy(StrictModel):
     """Which rule this is."""
     engage: Engagement = Engagement()
     """When the policy is in force."""
+
+    @model_validator(mode="after")
+    def _schedules_are_engaged(self) -> Self:
+        problems = [problem for name, s in self.schedules() for problem in _unused(name, s, self)]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def schedules(self) -> Iterator[tuple[str, Schedule[int] | Schedule[float]]]:
+        """Those of `parameters` that may depend on the layer or on the live rows, by name."""
+        for name, value in self.parameters().items():
+            if isinstance(value, Schedule):
+                yield name, value
 
     @property
     def uses_similarity(self) -> bool:
@@ -238,6 +310,10 @@ class Policy(StrictModel):
 
     def check(self, top_k: int, num_experts: int) -> list[str]:
         """What is wrong with this policy for a router of this size; empty if nothing is."""
+        return []
+
+    def doubts(self, top_k: int, num_experts: int) -> list[str]:
+        """What can be served with a router of this size but is hardly meant; empty if nothing."""
         return []
 
     @classmethod
@@ -270,6 +346,21 @@ class Policy(StrictModel):
             union: bool ``[num_experts]``, what is loaded whatever happens next.
         """
         raise NotImplementedError
+
+
+def _unused(name: str, schedule: Schedule[int] | Schedule[float], policy: Policy) -> Iterator[str]:
+    """What `schedule` says about layers and numbers of rows at which `policy` never acts."""
+    engage = policy.engage
+    for layers in schedule.layers:
+        if engage.layers is not None and not set(layers) & set(engage.layers):
+            named = format_layers(layers)
+            yield f"{name}.layers.{named}: has no effect, because engage.layers leaves it out"
+    for start, end in pairwise([*sorted(schedule.rows), MAX_ROWS + 1]):
+        if start > engage.last_row or end <= engage.min_rows:
+            yield (
+                f"{name}.rows.{start}: has no effect, because engage says {engage.min_rows} to "
+                f"{engage.last_row} rows"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Count, Parameters, Rows, Schedule
+from .base import MAX_ROWS, Count, Parameters, Rows, Schedule
 from .mapping import Mapped
 
 QUANTUM = 2.0**-16
 """Demand is summed in whole quanta: the sum does not depend on its order. 65,535 rows fit 32 bits.
 """
+
+CROWD = 16
+"""Live rows from which on a budget of less than twice top_k was measured to be ruinous."""
 
 
 class Budget(Mapped):
@@ -34,7 +37,7 @@ class Budget(Mapped):
     max_active: Count
     """Most active experts per layer and step. What rows of other policies, or `k0`, require comes
     on top."""
-    k0: Annotated[int, Field(ge=0)] = 0
+    k0: Annotated[int, Field(ge=0, le=MAX_ROWS)] = 0
     """Experts that each token is guaranteed. Above 0 the bound is no longer hard."""
     utility: Literal["squared_gate", "gate"] = "squared_gate"
     """What an expert is worth to a token, of its gate normalised over the token's top-k."""
@@ -58,6 +61,26 @@ class Budget(Mapped):
         if self.k0 > top_k:
             problems.append(f"k0: {self.k0} exceeds the model's top_k of {top_k}")
         return problems
+
+    def doubts(self, top_k: int, num_experts: int) -> list[str]:
+        least = min(self.max_active.values_from(self.engage.min_rows))
+        if least < top_k:
+            return [
+                f"max_active: {least} is below the model's top_k of {top_k}: every token loses "
+                "experts, even a lone one, and all of a step share the same few"
+            ]
+        if min(self.max_active.values()) >= num_experts:
+            return [f"max_active: {least} is all of the model's experts: this never acts"]
+        if self.engage.last_row < CROWD:
+            return []
+        crowded = min(self.max_active.values_from(max(CROWD, self.engage.min_rows)))
+        if crowded < 2 * top_k:
+            return [
+                f"max_active: {crowded} is close to the model's top_k of {top_k}: at {CROWD} live "
+                "rows and more all tokens of a step share nearly the same experts, which costs "
+                "much quality; measure it with `evaluate`, or raise max_active with the rows"
+            ]
+        return []
 
     @classmethod
     def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ..errors import shorten
 from .base import Parameters, Policy, Rows, Schedule
 from .reference import members
 
@@ -32,7 +33,8 @@ class Mapped(Policy):
     def _similarity_is_used(self) -> Self:
         if self.similarity is not None and not self.uses_similarity:
             raise ValueError(
-                f"similarity: {self.similarity!r} has no effect without a mapped_share above 0"
+                f"similarity: {shorten(self.similarity)} has no effect without a mapped_share "
+                "above 0"
             )
         return self
 

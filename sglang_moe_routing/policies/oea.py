@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Count, Parameters, Rows, Schedule
+from .base import Count, Parameters, PositiveCount, Rows, Schedule
 from .mapping import Mapped
 
 
@@ -27,9 +27,9 @@ class OEA(Mapped):
     """Experts that each token is guaranteed."""
     p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the gate mass at which a token needs no further baseline expert; 1 = no limit."""
-    k_max: Annotated[int, Field(ge=1)] | None = None
+    k_max: PositiveCount | None = None
     """Most experts per token after piggybacking; the model's top-k if absent."""
-    max_rank: Annotated[int, Field(ge=1)] | None = None
+    max_rank: PositiveCount | None = None
     """Lowest preference rank that may piggyback; all experts if absent."""
 
     def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
@@ -55,6 +55,15 @@ class OEA(Mapped):
             f"{name}: {value} exceeds the model's {what} of {limit}"
             for name, (value, what, limit) in limits.items()
             if value > limit
+        ]
+
+    def doubts(self, top_k: int, num_experts: int) -> list[str]:
+        least = min(self.k0.values())
+        return [
+            f"{name}: {value} is not above k0, so that no token can use what the batch loads: "
+            "this is topk by another name"
+            for name, value in (("k_max", self.k_max), ("max_rank", self.max_rank))
+            if value is not None and value <= least < top_k and self.p == 1.0
         ]
 
     @classmethod

@@ -59,8 +59,8 @@ def build_table(
     artifacts = artifacts or [None] * len(policies)
     for policy, artifact in zip(policies, artifacts, strict=True):
         _check(policy, artifact, similarity, top_k, num_experts)
-    starts = sorted({start for policy in policies for start in _starts(policy)})
-    steps = [0, *starts]  # one number of live rows for each column
+    changes = sorted({start for policy in policies for start in starts(policy)})
+    steps = [0, *changes]  # one number of live rows for each column
     others: dict[type[Policy], None] = dict.fromkeys(map(type, policies))
     others.pop(Vanilla, None)
     kinds: tuple[type[Policy], ...] = (Vanilla, *others)
@@ -78,7 +78,7 @@ def build_table(
     matrices = [similarity[name].float() for name in names]
     return PolicyTable(
         kinds=kinds,
-        starts=torch.tensor(starts, dtype=torch.int64, device=device),
+        starts=torch.tensor(changes, dtype=torch.int64, device=device),
         kind=kind.to(device),
         parameters={name: values.to(device) for name, values in parameters.items()},
         similarity=(
@@ -104,15 +104,14 @@ def _check(
         raise PolicyError("; ".join(problems))
 
 
-def _starts(policy: Policy) -> set[int]:
+def starts(policy: Policy) -> set[int]:
     """Numbers of live rows from which `policy` behaves differently."""
-    starts = {policy.engage.min_rows}
+    found = {policy.engage.min_rows}
     if policy.engage.max_rows is not None:
-        starts.add(policy.engage.max_rows + 1)
-    for value in policy.parameters().values():
-        if isinstance(value, Schedule):
-            starts.update(value.rows)
-    return starts
+        found.add(policy.engage.max_rows + 1)
+    for _, schedule in policy.schedules():
+        found.update(schedule.rows)
+    return found
 
 
 def _parameters(policies: Sequence[Policy], layer: int, steps: Sequence[int]) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def test_model_folders_are_kept_clean(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--metric frobenius needs calibration text: add --data"),
+        ([], "--metric routed needs calibration text: add --data"),
         (
             ["--metric", "weights", "--data", TEXT],
             "--metric weights uses no text: leave out --data",

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 from collections.abc import Callable
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+
+from sglang_moe_routing import demo
 
 from .conftest import Running
 
@@ -20,12 +23,17 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's wheel, built from the checkout."""
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's source distribution, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(distributions: Path) -> Path:
+    (path,) = distributions.glob("*.whl")
     return path
 
 
@@ -65,6 +73,16 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
     return run
 
 
+def test_source_distribution_holds_what_the_tests_read(distributions: Path) -> None:
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("docker", "docs", "tests", "scripts", "configs", "csrc"):
+        files = (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc")
+        assert {str(p.relative_to(ROOT)) for p in files} - names == set()
+    assert {"README.md", "CHANGELOG.md", "docker/Dockerfile", ".ci/run"} <= names
+
+
 def test_wheel_holds_everything_that_it_needs(wheel: Path) -> None:
     names = set(ZipFile(wheel).namelist())
     for wanted in (
@@ -82,7 +100,7 @@ def test_wheel_holds_everything_that_it_needs(wheel: Path) -> None:
 
 
 def test_check_says_that_all_is_well(command: Command) -> None:
-    run = command("check", "--json")
+    run = command("check", "--json", "--model", str(demo.MODEL))
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)
     assert found["ok"] is True
@@ -90,6 +108,7 @@ def test_check_says_that_all_is_well(command: Command) -> None:
     assert len(found["hooks"]) > 20
     assert all(hook["ok"] for hook in found["hooks"])
     assert found["config"]["policies"] == ["vanilla", "fast"]
+    assert found["warnings"] == []
 
 
 def test_check_names_what_is_wrong(command: Command, tmp_path: Path) -> None:

@@ -133,10 +133,11 @@ def test_unsupported_flags_stop_the_server_before_it_spawns_anything(tmp_path: P
 
 
 def test_policy_that_does_not_fit_the_model_stops_the_server(tmp_path: Path) -> None:
-    status, output = failed_start(tmp_path, GOOD.replace("k0: 3", "k0: 9"))
+    status, output = failed_start(tmp_path, GOOD.replace("k0: 3", "k0: 9, engage: {layers: 2-900}"))
     assert status == 78
     message = own_message(output)
     assert "policies.fast.k0: 9 exceeds the model's top_k of 8" in message
+    assert "policies.fast.engage.layers: the model has no MoE layer at 4-900" in message
 
 
 def test_artifact_of_another_model_stops_the_server(tmp_path: Path) -> None:

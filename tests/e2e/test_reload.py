@@ -130,6 +130,9 @@ INVALID = {
     "version: 1\npolicies: {fast: {kind: oea}}": "policies.fast.k0: missing",
     "nonsense: [": "not valid YAML",
     text("fast: {kind: oea, k0: 9}"): "policies.fast.k0: 9 exceeds the model's top_k of 8",
+    text("fast: {kind: oea, k0: {default: 3, layers: {50-60: 1}}}"): (
+        "policies.fast.k0.layers.50-60: the model has no MoE layer at 50-60; its MoE layers are 0-3"
+    ),
     "version: 1\nsimilarity: {demo: /nowhere}": "/nowhere",
     text("fast: {kind: oea, k0: 3}", "statistics: false"): "statistics: True -> False",
     text("fast: {kind: oea, k0: 3}", "isolation: {policies: {fast: g}}"): "isolation",
@@ -226,6 +229,12 @@ def test_hangup_signal_reloads(server: Reloading) -> None:
         time.sleep(0.2)
     assert "broken" in log.read_text() or "not valid YAML" in log.read_text()
     assert server.generate("signalled").status_code == 200
+
+
+def test_a_policy_that_is_hardly_meant_is_told_in_the_log(server: Reloading) -> None:
+    assert server.reload(text("hasty: {kind: budget, max_active: 8}")).status_code == 200
+    warning = "policies.hasty.max_active: 8 is close to the model's top_k of 8"
+    assert server.running.server.log.read_text().count(warning) == 1
 
 
 def test_reload_needs_the_admin_key(server: Reloading) -> None:

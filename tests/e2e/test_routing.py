@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sglang_moe_routing import demo
+from sglang_moe_routing.integration import environment
 from tests import oracles
 from tests.recorded import check_call
 
@@ -219,14 +220,14 @@ def test_users_cache_key_still_separates(served: Running) -> None:
 
 @pytest.fixture(scope="module")
 def stressed(start: Callable[..., Any], config: Path) -> Iterator[Running]:
-    """Chunked prefill, mixed chunks, forced retraction, and returned routed experts."""
+    """Chunked prefill, mixed chunks, retraction, returned routed experts, and forced tokens."""
     flags = (
         "--chunked-prefill-size",
         "32",
         "--enable-mixed-chunk",
         "--enable-return-routed-experts",
     )
-    with start(config, *flags, SGLANG_TEST_RETRACT="1") as running:
+    with start(config, *flags, **{environment.FORCE: "1", "SGLANG_TEST_RETRACT": "1"}) as running:
         yield running
 
 
@@ -241,6 +242,26 @@ def test_mixed_chunks_and_retraction_keep_rows_right(
     assert set(rows) == set(POLICIES)
     assert {"MIXED", "DECODE"} <= {call["phase"] for call in calls}
     assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
+
+
+def test_forced_tokens_survive_retraction_and_chunks(stressed: Running) -> None:
+    """The text dictates every token, and each is scored once, whatever steps were thrown away."""
+    texts = [[100 * i + j for j in range(64)] for i in range(1, 9)]
+    sampling = [
+        {
+            "max_new_tokens": 24,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "custom_params": {environment.FORCED_TOKENS: text[40:]},
+        }
+        for text in texts
+    ]
+    body = {"input_ids": [text[:40] for text in texts], "sampling_params": sampling}
+    answers = stressed.http.post("/generate", json=body).json()
+    assert sum(answer["meta_info"]["num_retractions"] for answer in answers) > 0
+    assert [answer["output_ids"] for answer in answers] == [text[40:] for text in texts]
+    scored = [answer["meta_info"][environment.FORCED_TOKENS] for answer in answers]
+    assert [len(scores) for scores in scored] == [24] * len(texts)
 
 
 @pytest.mark.parametrize("policy", ["vanilla", "topk-k3", "oea-k3", "sere-s2"])

@@ -76,17 +76,18 @@ def test_a_build_is_made_once_and_found_again(tmp_path: Path) -> None:
     assert "compiled in" in second.stdout
     assert "compiling the cpu kernels" in first.stderr
     assert second.stderr == ""
-    unfinished = next((tmp_path / "cache").glob("cpu-*/ready.json"))
-    unfinished.unlink()
-    assert "compiled now" in in_new_process(CHOOSE, tmp_path).stdout
+
+
+def copied(tmp_path: Path) -> Path:
+    """The folder of the CPU kernels, in a cache of its own."""
+    built = native.build_cpu()
+    return Path(shutil.copytree(built, tmp_path / "cache" / built.name))
 
 
 @needs_compiler
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
 def test_a_damaged_library_is_not_loaded(tmp_path: Path, damage: str) -> None:
-    built = native.build_cpu()
-    shutil.copytree(built, tmp_path / "cache" / built.name)
-    (library,) = (tmp_path / "cache").glob("cpu-*/*.so")
+    (library,) = copied(tmp_path).glob("*.so")
     content = bytearray(library.read_bytes())
     library.unlink()
     if damage == "cut":
@@ -96,8 +97,98 @@ def test_a_damaged_library_is_not_loaded(tmp_path: Path, damage: str) -> None:
         library.write_bytes(content)
     without_compiler = in_new_process(CHOOSE, tmp_path, PATH="/nowhere")
     assert "torch reference" in without_compiler.stdout, without_compiler.stderr
-    assert "damaged or gone" in in_new_process(CHOOSE, tmp_path).stderr
+    assert "damaged or gone" in without_compiler.stderr
+
+
+MARKS = {
+    "empty": "",
+    "cut": '{"architectures": [], "sha',
+    "without a digest": '{"architectures": [], "tools": {}}',
+    "without tools": '{"architectures": [], "sha256": "0"}',
+    "a list": "[]",
+    "null": "null",
+    "another type": '{"architectures": 5, "sha256": "0", "tools": {}}',
+    "no number": '{"architectures": ["x"], "sha256": "0", "tools": {}}',
+    "binary": "\udcff",
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
+def test_a_mark_that_cannot_be_read_counts_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: str
+) -> None:
+    folder = copied(tmp_path)
+    monkeypatch.setenv(native.CACHE, str(folder.parent))
+    assert native._find_built("cpu", ()) == folder
+    (folder / "ready.json").write_bytes(mark.encode(errors="surrogateescape"))
+    assert native._find_built("cpu", ()) is None
+
+
+@needs_compiler
+def test_what_an_interrupted_build_left_is_built_anew(tmp_path: Path) -> None:
+    """A cut library, an empty mark, and a cut object file, which is newer than its source."""
+    folder = copied(tmp_path)
+    (folder / "ready.json").write_text("")
+    (folder / "moe_routing_cpu.so").write_bytes(b"")
+    cut = next(folder.glob("*.o"))
+    cut.write_bytes(cut.read_bytes()[:1000])
+    done = in_new_process(CHOOSE, tmp_path)
+    assert "damaged or gone" in done.stderr
+    assert "compiled now" in done.stdout
     assert "compiled in" in in_new_process(CHOOSE, tmp_path).stdout
+
+
+@needs_compiler
+def test_who_waited_for_another_process_keeps_its_binary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has looked, found nothing, and is about to build when the other one is ready."""
+    folder = copied(tmp_path)
+    monkeypatch.setenv(native.CACHE, str(folder.parent))
+    (library,) = folder.glob("*.so")
+    before = library.stat()
+    assert native._build("cpu", ()) == folder
+    assert (library.stat().st_ino, library.stat().st_mtime_ns) == (
+        before.st_ino,
+        before.st_mtime_ns,
+    )
+
+
+@needs_compiler
+def test_a_binary_of_another_compiler_is_built_anew_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any compiler it is used all the same."""
+    folder = copied(tmp_path)
+    monkeypatch.setenv(native.CACHE, str(folder.parent))
+    other = tmp_path / "other-compiler"
+    other.write_text('#!/bin/sh\n[ "$1" = --version ] && echo other 1.0 || exec c++ "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    assert native._find_built("cpu", ()) is None
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert native._find_built("cpu", ()) == folder
+
+
+@pytest.mark.parametrize("given", ["", "/nowhere"])
+def test_a_cuda_home_without_a_toolkit_does_not_hide_what_is_built(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str
+) -> None:
+    """Images set the variable and leave the toolkit out."""
+    monkeypatch.setenv(native.CACHE, str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", given)
+    monkeypatch.setenv("PATH", "/nowhere")
+    folder = tmp_path / f"cuda-{native._fingerprint('cuda')}-0-9.0"
+    folder.mkdir()
+    (folder / "moe_routing_cuda.so").write_bytes(b"a binary")
+    native._mark_ready(folder, "cuda", ["9.0"], {"c++": "some", "nvcc": "12.8"})
+    assert native._find_built("cuda", ("9.0",)) == folder
+
+
+@needs_nvcc
+def test_the_toolkit_is_one_of_the_tools() -> None:
+    assert "release" in (native._tools("cuda") or {})["nvcc"]
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -303,3 +304,11 @@ def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
 def test_too_little_room_says_of_what() -> None:
     with pytest.raises(KernelError, match="needs room for 3 policies, there is room for 2"):
         with_room(make_table(), Room(policies=2, steps=1, artifacts=0))
+
+
+@pytest.mark.parametrize("name", ["k0", "artifact"])
+def test_a_number_beyond_32_bits_is_an_error_not_another_policy(name: str) -> None:
+    table = build_table([TopK(k0=3)], layer=0, top_k=4, num_experts=8)
+    wide = replace(table, parameters={**table.parameters, name: torch.tensor([[2**32 + 1]])})
+    with pytest.raises(KernelError, match=f"{name}: 4294967297 does not fit"):
+        compile_table(wide)

@@ -20,7 +20,9 @@ from sglang_moe_routing.artifacts import (
     load_artifact,
     save_artifact,
 )
+from sglang_moe_routing.config import load_config
 from sglang_moe_routing.errors import ArtifactError, RoutingError
+from sglang_moe_routing.similarity import idle_thresholds, load_similarities
 
 N = 4
 GOOD_METADATA = {
@@ -212,6 +214,44 @@ def test_an_artifact_without_matrices_is_refused(path: Path) -> None:
     write(path, {})
     with pytest.raises(ArtifactError, match=f"{path.name}: holds no similarity matrix"):
         load_artifact(path)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_read_whole_or_not_at_all(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrices and digest belong together, whenever another artifact takes the path."""
+    read_bytes = Path.read_bytes
+
+    def replace_and_read(self: Path) -> bytes:
+        save_artifact(artifact({0: matrix(seed=2)}), path)
+        return read_bytes(self)
+
+    save_artifact(artifact({0: matrix(seed=1)}), path)
+    digests = {hashlib.sha256(read_bytes(path)).hexdigest(): matrix(seed=1)}
+    monkeypatch.setattr(Path, "read_bytes", replace_and_read)
+    got = load_artifact(path)
+    digests[hashlib.sha256(read_bytes(path)).hexdigest()] = matrix(seed=2)
+    assert torch.equal(got.matrices[0], digests[got.sha256])
+
+
+@pytest.mark.parametrize("threshold", ["0.7", "{default: 0.7, rows: {4: 0.8}}"])
+def test_a_threshold_above_every_similarity_of_its_artifact_is_told(
+    path: Path, threshold: str
+) -> None:
+    """It is within the metric's range, but no two experts are so alike; the diagonal is none."""
+    likeness = torch.full((N, N), 0.2).fill_diagonal_(1.0)
+    likeness[0, 1] = likeness[1, 0] = 0.6
+    save_artifact(artifact({0: torch.eye(N), 1: likeness}), path)
+    config = path.with_name("routing.yaml")
+    config.write_text(
+        f"version: 1\nsimilarity: {{a: {path}}}\npolicies:\n"
+        f"  idle: {{kind: sere, num_primary: 1, threshold: {threshold}}}\n"
+        "  acts: {kind: sere, num_primary: 1, threshold: {default: 0.7, rows: {4: 0.6}}}\n"
+        "  maps: {kind: oea, k0: 1, mapped_share: 0.5}\n"
+    )
+    loaded = load_config(config)
+    (doubt,) = idle_thresholds(loaded, load_similarities(loaded))
+    assert doubt.startswith("policies.idle.threshold: 0.7 is above 0.6, the highest similarity of")
 
 
 # --- refusals of load --------------------------------------------------------------------------

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from sglang_moe_routing import demo
 from sglang_moe_routing.bench.server import server_environment
 from sglang_moe_routing.cli import app
+from sglang_moe_routing.cli.check import moe_sizes
 from sglang_moe_routing.errors import EngineError
+from sglang_moe_routing.policies import Sizes
 
 ROOT = Path(__file__).parents[2]
 RUNNER = CliRunner()
@@ -40,6 +42,10 @@ def test_validate_opens_artifacts(tmp_path: Path) -> None:
     path.write_text("version: 1\nsimilarity: {a: none.safetensors}\n")
     assert RUNNER.invoke(app, ["validate", str(path)]).exit_code == 1
     assert RUNNER.invoke(app, ["validate", str(path), "--no-artifacts"]).exit_code == 0
+
+
+def test_check_reads_the_moe_layers_of_a_checkpoint() -> None:
+    assert moe_sizes(str(demo.MODEL)) == dict.fromkeys(range(4), Sizes(top_k=8, num_experts=64))
 
 
 def test_policies_lists_names_and_kinds() -> None:

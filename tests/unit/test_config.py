@@ -140,7 +140,7 @@ PROBLEMS = {
     ),
     "similarity: {a: {allow_other_weights: true}}": "similarity.a.path: missing",
     "policies: {a: {kind: oea, k0: {default: 3, layers: {0-1: x}}}}": (
-        "policies.a.k0.layers.0,1: Input should be a valid integer, got 'x'"
+        "policies.a.k0.layers.0-1: Input should be a valid integer, got 'x'"
     ),
     "policies: {a: {kind: oea, k0: {default: 3, layers: {0-2: 1, 2-3: 1}}}}": (
         "layer 2 is given twice"
@@ -151,6 +151,23 @@ PROBLEMS = {
     "policies: {a: {kind: oea, k0: 3, engage: {phase: prefill}}}": (
         "policies.a.engage.phase: Input should be 'decode' or 'all', got 'prefill'"
     ),
+    "policies: {a: {kind: oea, k0: 3, engage: {max_rows: 2147483647}}}": (
+        "policies.a.engage.max_rows: 2147483647 is above 65535, the most that can be said; "
+        "where there is no limit, leave max_rows out"
+    ),
+    "policies: {a: {kind: oea, k0: 3, engage: {min_rows: 4294967297}}}": (
+        "policies.a.engage.min_rows: Input should be less than or equal to 65535, got 4294967297"
+    ),
+    "policies: {a: {kind: oea, k0: {default: 3, rows: {4294967297: 1}}}}": (
+        "policies.a.k0.rows.4294967297: not a valid key: Input should be less than or equal to"
+    ),
+    "policies: {a: {kind: oea, k0: {default: 3, layers: {'0-1': 2, '0,1': 1}}}}": (
+        "policies.a.k0.layers: layer 0 is given twice, by '0-1' and '0,1'"
+    ),
+    "policies: {vanilla: {kind: vanilla, engage: {min_rows: 3}}}": (
+        "policies.vanilla: engage: has no effect, because vanilla never re-routes"
+    ),
+    "isolation: {other_keys: allow}": "isolation: other_keys: has no effect without api_keys",
     "policies: {'two words': {kind: oea, k0: 3}}": (
         "policies.two words: not a valid key: String should match pattern"
     ),
@@ -170,6 +187,15 @@ PROBLEMS = {
         "'${NO_SUCH_VARIABLE}/x' is not set"
     ),
     "default: a\ndefault: b": "routing.yaml:3: not valid YAML: key 'default' is given twice",
+    "policies: {a: {kind: oea, <<: {k0: 1}, <<: {k0: 2}}}": "key '<<' is given twice",
+    "policies: {a: {kind: oea, <<: 5}}": "routing.yaml:2: not valid YAML: '<<' merges mappings",
+    "policies: &a {b: *a}": "routing.yaml:2: not valid YAML: found unconstructable recursive node",
+    "clients_may_choose: 5": (
+        "routing.yaml:2: clients_may_choose: Input should be 'all' or a list of policies, got 5"
+    ),
+    "clients_may_choose: [5]": "routing.yaml:2: clients_may_choose.0: Input should be a valid str",
+    "metrics: often": "routing.yaml:2: metrics: Input should be keys with values, got 'often'",
+    "policies: {a: {kind: oea, k0: 3, engage: 5}}": "a.engage: Input should be keys with values",
     "default: [": "not valid YAML",
     "? [a]\n: b": "not valid YAML",
     "default: 2024-13-45": "not valid YAML",
@@ -186,9 +212,71 @@ def test_every_mistake_is_listed(tmp_path: Path) -> None:
     assert len(message.splitlines()) == 3
 
 
-@pytest.mark.parametrize("text", ["", "[]", "just text", "policies: {}"])
+WITHOUT_VERSION = {
+    "": "routing.yaml:1: the file is empty; it needs at least 'version: 1'",
+    "[]": "routing.yaml:1: the file: Input should be keys with values, got []",
+    "just text": "routing.yaml:1: the file: Input should be keys with values, got 'just text'",
+    "policies: {}": "routing.yaml:1: version: missing; this key is required",
+}
+
+
+@pytest.mark.parametrize("text", WITHOUT_VERSION)
 def test_file_without_a_version_is_refused(tmp_path: Path, text: str) -> None:
-    problem(tmp_path, text)
+    assert problem(tmp_path, text) == WITHOUT_VERSION[text]
+
+
+def test_merge_keys_bring_what_a_policy_does_not_say_itself(tmp_path: Path) -> None:
+    text = """
+version: 1
+policies:
+  a: &a {kind: oea, k0: 3, engage: {min_rows: 2}}
+  b: {<<: *a, k0: 4}
+  c: {p: 0.5, <<: [*a, {kind: topk, max_rank: 9}]}
+"""
+    policies = load(tmp_path, text).config.policies
+    assert policies["b"] == OEA.model_validate({"k0": 4, "engage": {"min_rows": 2}})
+    assert policies["c"] == OEA.model_validate(
+        {"k0": 3, "p": 0.5, "max_rank": 9, "engage": {"min_rows": 2}}
+    )
+
+
+def nested(levels: int, start: str, again: str) -> str:
+    """YAML whose every level refers ten times to the one before."""
+    lines = [f"- &a0 {start}"]
+    for level in range(1, levels):
+        lines.append(f"- &a{level} " + again.format(", ".join([f"*a{level - 1}"] * 10)))
+    return "\n".join(lines)
+
+
+def policy(fields: str) -> str:
+    return f"version: 1\npolicies: {{a: {{{fields}}}}}"
+
+
+HUGE = {
+    "aliases": nested(8, "[1, 1]", "[{}]"),
+    "merges": nested(12, "{k: 1}", "{{<<: [{}]}}"),
+    "a text": f"version: {'1' * 10_000}",
+    "a number": policy(f"kind: oea, k0: 0x{'f' * 10_000}"),
+    "a key": f"version: 1\n{'k' * 500}: 1",
+    "a range of layers": policy("kind: oea, k0: {default: 3, layers: {0-9999: x}}"),
+    "scattered layers": policy(
+        f"kind: oea, k0: {{default: 3, layers: {{{','.join(map(str, range(0, 999, 2)))!r}: x}}}}"
+    ),
+    "a kind": policy(f"kind: {'k' * 10_000}"),
+    "a layer": policy(f"kind: oea, k0: 1, engage: {{layers: {'k' * 10_000}}}"),
+    "an alias": f"version: *{'k' * 10_000}",
+    "many problems": "version: 1\npolicies:\n  a: &a {kind: oea, "
+    + ", ".join(f"x{i}: 1" for i in range(50))
+    + "}\n"
+    + "\n".join(f"  p{i}: *a" for i in range(200)),
+}
+
+
+@pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)
+def test_messages_are_short_whatever_the_file_holds(tmp_path: Path, text: str) -> None:
+    message = problem(tmp_path, text)
+    assert all(len(line) < 500 for line in message.splitlines())
+    assert len(message.splitlines()) <= 101
 
 
 def test_missing_file_is_a_clear_error(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from sglang_moe_routing.config import LoadedConfig, load_config
 from sglang_moe_routing.integration.definitions import VANILLA_ID, PolicyIds, define
+from sglang_moe_routing.policies import Vanilla
 
 
 class Request:
@@ -95,9 +96,9 @@ def test_table_does_not_grow_with_the_number_of_reloads(ids: PolicyIds, tmp_path
 
 def test_vanilla_is_always_the_first(ids: PolicyIds, tmp_path: Path) -> None:
     ids.use(VANILLA_ID, Request())
-    reload(ids, load(tmp_path, "vanilla: {kind: vanilla, engage: {min_rows: 2}}"))
+    reload(ids, load(tmp_path, "vanilla: {kind: vanilla}"))
     assert ids.of_name == {"vanilla": VANILLA_ID}
-    assert ids.table[VANILLA_ID].policy.engage.min_rows == 2
+    assert ids.table[VANILLA_ID].policy == Vanilla()
 
 
 def test_another_cache_namespace_is_another_definition(ids: PolicyIds, tmp_path: Path) -> None:

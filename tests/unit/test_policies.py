@@ -31,11 +31,14 @@ from sglang_moe_routing.policies import (
     Rerouted,
     Rows,
     Similarity,
+    Sizes,
     TopK,
     Vanilla,
     build_table,
     builtin_registry,
+    doubts,
     installed_registry,
+    problems,
     reroute,
 )
 from tests import oracles
@@ -280,6 +283,23 @@ REFUSED: list[tuple[type[Policy], dict[str, Any], str]] = [
     (OEA, {"k0": 3, "engage": {"layers": [True]}}, "layers"),
     (OEA, {"k0": 3, "engage": {"layers": -1}}, "layers"),
     (OEA, {"k0": 3, "engage": {"layer": 1}}, "layer"),
+    (OEA, {"k0": 3, "engage": {"max_rows": 65_536}}, "where there is no limit, leave max_rows out"),
+    (Vanilla, {"engage": {"min_rows": 2}}, "engage: has no effect"),
+    (
+        OEA,
+        {"k0": {"default": 3, "rows": {2: 4, 3: 5}}, "engage": {"min_rows": 3}},
+        r"k0\.rows\.2: ",
+    ),
+    (OEA, {"k0": {"default": 3, "rows": {9: 4}}, "engage": {"max_rows": 8}}, r"k0\.rows\.9: has"),
+    (
+        SERE,
+        {
+            "num_primary": 1,
+            "threshold": {"default": 0.0, "layers": {"2-3": 0.1}},
+            "engage": {"layers": "0-1"},
+        },
+        r"threshold\.layers\.2-3: has no effect",
+    ),
 ]
 
 
@@ -361,6 +381,84 @@ def test_engagement_includes_both_ends_of_its_range() -> None:
     assert [n for n in range(6) if lower.covers(0, n)] == [3, 4, 5]
 
 
+# --- fit to a model ----------------------------------------------------------------------------
+
+DENSE_FIRST = {layer: Sizes(top_k=8, num_experts=64) for layer in range(1, 48)}
+
+BEYOND: list[tuple[dict[str, Any], list[str]]] = [
+    ({"engage": {"layers": "900-950"}}, ["engage.layers: the model has no MoE layer at 900-950"]),
+    ({"engage": {"layers": "0"}}, ["engage.layers: the model has no MoE layer at 0"]),
+    ({"engage": {"layers": "0,4"}}, ["engage.layers: the model has no MoE layer at 0"]),
+    ({"engage": {"layers": "40-48"}}, ["engage.layers: the model has no MoE layer at 48"]),
+    ({"engage": {"layers": "0-47"}}, []),
+    ({"engage": {"layers": [5, 47]}}, []),
+    (
+        {"k0": {"default": 3, "layers": {"0-1": 2, "50-60": 1}}},
+        ["k0.layers.50-60: the model has no MoE layer at 50-60"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "expected"), BEYOND)
+def test_named_layers_are_held_to_the_models_moe_layers(
+    fields: dict[str, Any], expected: list[str]
+) -> None:
+    """A range may cover dense layers; one without MoE layers, or beyond the last, is wrong."""
+    policy = OEA.model_validate({"k0": 3, **fields})
+    assert problems(policy, DENSE_FIRST) == [f"{e}; its MoE layers are 1-47" for e in expected]
+
+
+def test_every_size_of_a_models_layers_counts() -> None:
+    """A policy must fit the layer with the smallest top_k too, and each problem is said once."""
+    model = {0: Sizes(8, 64), 1: Sizes(8, 64), 2: Sizes(2, 64)}
+    assert problems(TopK.model_validate({"k0": 3}), model) == [
+        "k0: 3 exceeds the model's top_k of 2"
+    ]
+
+
+DOUBTFUL: list[tuple[type[Policy], dict[str, Any], str]] = [
+    (Budget, {"max_active": 1}, "max_active: 1 is below the model's top_k of 8"),
+    (Budget, {"max_active": {"default": 33, "rows": {9: 7}}}, "7 is below the model's top_k of 8"),
+    (Budget, {"max_active": 8}, "max_active: 8 is close to the model's top_k of 8"),
+    (Budget, {"max_active": {"default": 33, "layers": {3: 15}}}, "15 is close to the model's top"),
+    (Budget, {"max_active": 64}, "max_active: 64 is all of the model's experts"),
+    (OEA, {"k0": 3, "max_rank": 3}, "max_rank: 3 is not above k0"),
+    (OEA, {"k0": {"default": 5, "rows": {4: 3}}, "k_max": 2}, "k_max: 2 is not above k0"),
+    (TopK, {"k0": 8}, "kind: topk has no effect here"),
+    (SERE, {"num_primary": 8}, "kind: sere has no effect here"),
+    (Budget, {"max_active": 33, "k0": 8}, "kind: budget has no effect here"),
+    (
+        OEA,
+        {"k0": {"default": 3, "layers": {"4-7": 8}}, "engage": {"layers": "4-7"}},
+        "kind: oea has no effect here",
+    ),
+    (
+        TopK,
+        {"k0": {"default": 8, "layers": {"0-3": 2}}, "engage": {"layers": "3-5", "max_rows": 9}},
+        "",
+    ),
+    (Budget, {"max_active": 16}, ""),
+    (Budget, {"max_active": {"default": 12, "rows": {5: 28}}}, ""),
+    (Budget, {"max_active": 12, "engage": {"max_rows": 8}}, ""),
+    (OEA, {"k0": 3, "p": 0.5, "max_rank": 3}, ""),
+    (OEA, {"k0": {"default": 8, "rows": {4: 3}}, "k_max": 5}, ""),
+    (Vanilla, {}, ""),
+]
+
+
+@pytest.mark.parametrize(("policy", "fields", "expected"), DOUBTFUL)
+def test_what_is_legal_but_of_no_use_to_a_model_is_told(
+    policy: type[Policy], fields: dict[str, Any], expected: str
+) -> None:
+    """Budgets near top_k where many rows share them, and policies that provably never act."""
+    model = {layer: Sizes(top_k=8, num_experts=64) for layer in range(8)}
+    made = policy.model_validate(fields)
+    assert problems(made, model) == []
+    found = doubts(made, model)
+    assert len(found) == bool(expected)
+    assert all(expected in doubt for doubt in found)
+
+
 # --- tables ------------------------------------------------------------------------------------
 
 
@@ -440,20 +538,20 @@ def test_a_step_that_reaches_k_is_vanilla_bit_for_bit() -> None:
 @st.composite
 def scheduled(draw: st.DrawFn) -> dict[str, Any]:
     """A k0 schedule with steps and layers, and an engagement, as plain data."""
-    count = st.integers(1, TOP_K)
-    fields: dict[str, Any] = {
-        "k0": {
-            "default": draw(count),
-            "rows": draw(st.dictionaries(st.integers(1, 9), count, max_size=3)),
-            "layers": draw(st.dictionaries(st.integers(0, 2), count, max_size=2)),
-        }
-    }
     engage: dict[str, Any] = {"min_rows": draw(st.integers(1, 6))}
     if draw(st.booleans()):
         engage["max_rows"] = draw(st.integers(engage["min_rows"], 9))
     if draw(st.booleans()):
         engage["layers"] = draw(st.lists(st.integers(0, 2), min_size=1))
-    return {**fields, "engage": engage}
+    count = st.integers(1, TOP_K)
+    starts = st.integers(engage["min_rows"], engage.get("max_rows", 9))
+    layers = st.sampled_from(engage.get("layers", [0, 1, 2]))
+    k0 = {
+        "default": draw(count),
+        "rows": draw(st.dictionaries(starts, count, max_size=3)),
+        "layers": draw(st.dictionaries(layers, count, max_size=2)),
+    }
+    return {"k0": k0, "engage": engage}
 
 
 def resolved(fields: dict[str, Any], layer: int, num_live: int) -> oracles.RowPolicy:

@@ -90,18 +90,3 @@ def test_live_rows_are_those_of_the_group(table: tuple[Definition, ...]) -> None
     counts = RowCounts()
     counts.add([1, 1, 1, 2, 2], [0, 0, 1, 1, 1], table)
     assert counts.read()["a"] == {"rows": 3, "min_rows": 2, "max_rows": 0}
-
-
-@pytest.mark.parametrize("others", [[], [2]])
-def test_vanilla_cannot_fail_to_act(tmp_path: Path, others: list[int]) -> None:
-    path = tmp_path / "routing.yaml"
-    path.write_text(
-        "version: 1\n"
-        "policies:\n"
-        "  vanilla: {kind: vanilla, engage: {min_rows: 4}}\n"
-        "  a: {kind: oea, k0: 3}\n"
-        "  b: {kind: oea, k0: 3}\n"
-    )
-    counts = RowCounts()
-    counts.add([0, 0, *others], [0] * (2 + len(others)), define(load_config(path), {}))
-    assert counts.read()["vanilla"] == {"rows": 2, "min_rows": 0, "max_rows": 0}

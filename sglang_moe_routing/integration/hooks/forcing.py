@@ -22,7 +22,6 @@ from ..hooking import Hook
 from .forward_batch import HOOK as FORWARD_BATCH
 
 _TOKENS = "_sglang_moe_routing_forced_tokens"
-_STEP = "_sglang_moe_routing_forced_step"
 _FREE = -1
 
 
@@ -31,16 +30,21 @@ def attach_tokens(
 ) -> None:
     mode = batch.forward_mode
     if mode.is_decode() or mode.is_extend():
-        setattr(forward_batch, _TOKENS, [_next_token(req) for req in batch.reqs])
+        lengths = batch.seq_lens_cpu.tolist()  # beam members lie behind the requests
+        tokens = [_next_token(r, n) for r, n in zip(batch.reqs, lengths, strict=False)]
+        setattr(forward_batch, _TOKENS, tokens)
 
 
-def _next_token(req: Any) -> int:
-    """Every forward of a request samples once: prompts of an evaluation are never chunked."""
+def _next_token(req: Any, length: int) -> int:
+    """What comes after `length` tokens of prompt and output.
+
+    Not a count of forwards: that of a retracted request is thrown away, and a chunk of a prompt
+    samples nothing.
+    """
     custom = req.sampling_params.custom_params
     tokens = custom.get(environment.FORCED_TOKENS) if isinstance(custom, dict) else None
-    step = getattr(req, _STEP, 0)
-    setattr(req, _STEP, step + 1)
-    return tokens[step] if tokens and step < len(tokens) else _FREE
+    step = length - len(req.origin_input_ids)
+    return tokens[step] if tokens and 0 <= step < len(tokens) else _FREE
 
 
 def sample(
