@@ -8,7 +8,8 @@ the thread that runs the model never waits for them.
 
 from __future__ import annotations
 
-import atexit
+import contextlib
+import fcntl
 import functools
 import logging
 import os
@@ -17,7 +18,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -135,20 +137,34 @@ def enable(is_enabled: bool) -> None:
     _is_enabled = is_enabled
 
 
-def _use_own_folder(parent: str) -> None:
-    """Write into a new folder below the one that the operator named.
+_lock: IO[str] | None = None  # of this server's folder, until the process ends, however it does
 
-    That one keeps the counts of servers that have ended, and may be in use by others that live.
+
+def _use_own_folder(parent: str) -> None:
+    """Write into a new folder below the one that the operator named, and remove those of the dead.
+
+    The named one itself keeps the counts of servers that have ended, and others may be using it.
     """
+    global _lock
     try:
-        folder = tempfile.mkdtemp(prefix="server-", dir=parent)
+        for lock in Path(parent).glob("server-*/lock"):
+            _remove_unless_locked(lock)
+        folder = Path(tempfile.mkdtemp(prefix="server-", dir=parent))
+        _lock = (folder / "new").open("w")
+        fcntl.flock(_lock, fcntl.LOCK_EX)
+        (folder / "new").rename(folder / "lock")
     except OSError as error:
         raise EngineError(
             f"{FOLDER}={parent}: {error.strerror}; name a folder that exists and can be written "
             "to, or unset the variable"
         ) from None
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[FOLDER] = folder
+    os.environ[FOLDER] = str(folder)
+
+
+def _remove_unless_locked(lock: Path) -> None:
+    with contextlib.suppress(OSError), lock.open() as file:  # locked, another user's, just removed
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.parent)
 
 
 def count_request(policy: str) -> None:

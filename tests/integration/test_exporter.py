@@ -154,18 +154,33 @@ def test_counts_of_a_dead_server_are_not_continued(folder: Path) -> None:
     assert list(folder.glob("counter_*.db"))  # they may be those of a server that lives
 
 
-def test_servers_that_share_a_folder_do_not_add_up(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    metrics.enable(True)
-    first = os.environ[metrics.FOLDER]
-    metrics.enable(True)  # once more in the same process
-    assert os.environ[metrics.FOLDER] == first
-    monkeypatch.setattr(metrics, "_is_enabled", False)
-    monkeypatch.setenv(metrics.FOLDER, str(folder))
-    metrics.enable(True)
-    assert Path(os.environ[metrics.FOLDER]).parent == folder
-    assert os.environ[metrics.FOLDER] != first
+def test_servers_that_share_a_folder_do_not_add_up(folder: Path) -> None:
+    """The folder of one that lives stays, that of one that was killed goes."""
+    program = (
+        "import os, sys\n"
+        "from sglang_moe_routing.integration import metrics\n"
+        "metrics.enable(True)\n"
+        "metrics.count_request('fast')\n"
+        "print(os.environ[metrics.FOLDER], flush=True)\n"
+        "sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        first = Path(server.stdout.readline().strip())
+        assert first.parent == folder
+        metrics.enable(True)
+        second = Path(os.environ[metrics.FOLDER])
+        assert collect() == {}
+        metrics.enable(True)  # once more in the same process
+        assert Path(os.environ[metrics.FOLDER]) == second
+        assert {p.name for p in folder.iterdir()} == {first.name, second.name}
+        server.kill()
+    metrics._use_own_folder(str(folder))
+    assert not first.exists()
+    assert Path(os.environ[metrics.FOLDER]).is_dir()
 
 
 def test_a_folder_for_metrics_that_is_missing_is_named(
