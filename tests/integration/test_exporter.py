@@ -20,9 +20,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from sglang_moe_routing.errors import EngineError
 
 pytest.importorskip("sglang")
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
 from sglang_moe_routing.integration import metrics
 from sglang_moe_routing.integration import runtime as runtimes
-from sglang_moe_routing.integration.hooks import graphs
+from sglang_moe_routing.integration.hooks import forward_batch, graphs
 from sglang_moe_routing.integration.runtime import Runtime
 
 from .test_isolation import make_runtime
@@ -88,6 +90,22 @@ def test_a_thread_that_cannot_read_says_so_once_and_goes_on(
         assert "not brought up to date" in record.message
         assert "no such stream" in caplog.text
         assert last_read() < start
+    wait_for(lambda: last_read() > start)
+
+
+def test_counts_are_read_from_the_first_batch_on_one_without_decode_too(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where requests generate one token each, the counts must not look as if nobody read them."""
+    monkeypatch.setattr(runtimes, "_runtime", runtime)
+    runtime.has_run = False
+    start = time.time()
+    metrics.Exporter(runtime, CPU).start()
+    time.sleep(0.3)
+    assert last_read() < start
+    prefill = SimpleNamespace(forward_mode=ForwardMode.EXTEND, reqs=[], extend_lens=[])
+    runner = SimpleNamespace(is_draft_worker=False)
+    forward_batch.after(SimpleNamespace(batch_size=0), object, prefill, runner)
     wait_for(lambda: last_read() > start)
 
 
