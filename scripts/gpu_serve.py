@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ HEADER = "X-MoE-Routing-Policy"
 PREFIX = "sglang_moe_routing_"
 NUM_LAYERS, TOP_K = 4, 8  # of the demo model
 NUM_TOKENS = 16
+LONG = 64  # tokens, for requests that shall meet in one batch
 BUDGET = 12
 SETTLE_S = 30
 POLICIES = ("vanilla", "topk", "oea", "sere", "budget")
@@ -94,15 +96,15 @@ class Client:
         self._http = httpx.Client(base_url=server.url, timeout=120)
         self._prompts = demo.read_prompts()
 
-    def count(self, policies: Sequence[str]) -> Counted:
+    def count(self, policies: Sequence[str], num_tokens: int = NUM_TOKENS) -> Counted:
         """What is counted for requests under `policies`, all at once; the counts are checked."""
         before = self._read()
         with ThreadPoolExecutor(len(policies)) as pool:
-            list(pool.map(self._generate, policies, range(len(policies))))
+            list(pool.map(self._generate, policies, range(len(policies)), repeat(num_tokens)))
         after = self._read()
         counted = _difference(before, after)
         asked = {name: float(policies.count(name)) for name in set(policies)}
-        rows = {name: number * (NUM_TOKENS - 1) for name, number in asked.items()}
+        rows = {name: number * (num_tokens - 1) for name, number in asked.items()}
         expect(counted.requests == asked, f"requests by policy {asked}", counted.requests)
         expect(counted.rows == rows, f"decode rows by policy {rows}", counted.rows)
         slots = sum(rows.values()) * NUM_LAYERS * TOP_K
@@ -132,8 +134,8 @@ class Client:
         """What SGLang's log says of decode steps."""
         return "cuda graph: True" in self._server.log.read_text(errors="replace")
 
-    def _generate(self, policy: str, number: int) -> None:
-        params = {"max_new_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    def _generate(self, policy: str, number: int, num_tokens: int) -> None:
+        params = {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
         body = {"text": self._prompts[number % len(self._prompts)], "sampling_params": params}
         answer = self._http.post("/generate", json=body, headers={HEADER: policy})
         expect(answer.status_code == 200, "status 200", answer.text[:500])
@@ -241,7 +243,7 @@ def check_graphs(*, cpu: bool, flags: Sequence[str] = ()) -> dict[str, Any]:
         padded = client.count(["topk"] * 5)
         most = 3 * NUM_LAYERS * sum(padded.rows.values())
         expect(padded.active <= most, "no expert of padded rows", padded.figures)
-        mixed = client.count([POLICIES[i % len(POLICIES)] for i in range(16)])
+        mixed = client.count([POLICIES[i % len(POLICIES)] for i in range(16)], LONG)
         expect(mixed.batch > len(POLICIES), "policies in one batch", mixed.figures)
         expect(mixed.active < mixed.base, "a saving", mixed.figures)
         figures |= {"budget": budget.figures, "padded": padded.figures, "mixed": mixed.figures}
@@ -276,7 +278,7 @@ def check_groups(*, cpu: bool, flags: Sequence[str] = ()) -> dict[str, Any]:
         pair = client.count(["topk", "oea"])  # oea would use topk's experts, were they one group
         moved = pair.slots * (TOP_K - 3) / TOP_K
         expect(pair.moved == moved, f"{moved} moved slots: 3 experts a row", pair.figures)
-        mixed = client.count([POLICIES[i % len(POLICIES)] for i in range(15)])
+        mixed = client.count([POLICIES[i % len(POLICIES)] for i in range(15)], LONG)
         expect(mixed.batch > len(POLICIES), "policies in one batch", mixed.figures)
         expect(mixed.active < mixed.base, "a saving", mixed.figures)
         figures |= {"pair": pair.figures, "mixed": mixed.figures}
