@@ -1,21 +1,29 @@
 """What SGLang's ``/metrics`` says of the routing, where the server runs with --enable-metrics.
 
-Every process writes its own files in ``PROMETHEUS_MULTIPROC_DIR``; SGLang's endpoint adds them up.
+Every process writes its own files in ``PROMETHEUS_MULTIPROC_DIR``; SGLang's endpoint adds all up
+that it finds there.
 Counts on the device are read by a thread of the scheduler at an interval, on a stream of its own:
 the thread that runs the model never waits for them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import logging
+import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from ..errors import EngineError
 from .statistics import COLUMNS
 
 if TYPE_CHECKING:
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREFIX = "sglang_moe_routing_"
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 REASONS = (
     "beam_search",
     "contradiction",
@@ -45,6 +54,8 @@ class Metric(NamedTuple):
     kind: str
     labels: tuple[str, ...]
     help: str
+    mode: Literal["mostrecent", "min"] = "mostrecent"
+    """Of a gauge: what its value is where several processes give one."""
 
 
 _REQUESTS = Metric("requests", "counter", ("policy",), "Requests accepted, by policy.")
@@ -74,6 +85,14 @@ _CRITICAL = Metric(
     "Active experts kept because nothing loaded could stand in for them, summed over calls.",
 )
 _KERNELS = Metric("kernels_info", "gauge", ("kernels", "experts"), "What re-routes and what runs.")
+_READ = Metric(
+    "counts_last_read_timestamp_seconds",
+    "gauge",
+    (),
+    "When a scheduler's counts were last brought up to date, in Unix time: of several, the one "
+    "that is furthest behind.",
+    mode="min",
+)
 _HASH = Metric("config_hash", "gauge", (), "First 48 bits of the SHA-256 of the config in force.")
 _SUCCESSFUL = Metric(
     "config_last_reload_successful", "gauge", (), "Whether the last reload took effect."
@@ -96,6 +115,7 @@ METRICS = (
     _BASE,
     _CRITICAL,
     _KERNELS,
+    _READ,
     _HASH,
     _SUCCESSFUL,
     _TIME,
@@ -106,9 +126,45 @@ _is_enabled = False
 
 
 def enable(is_enabled: bool) -> None:
-    """Whether this process exports. Called once SGLang's flags are known."""
+    """Whether this process exports. Called once SGLang's flags are known, in the main process.
+
+    Raises:
+        EngineError: the folder that the operator named for metrics cannot be used.
+    """
     global _is_enabled
+    if is_enabled and not _is_enabled and os.environ.get(FOLDER):
+        _use_own_folder(os.environ[FOLDER])
     _is_enabled = is_enabled
+
+
+_lock: IO[str] | None = None  # of this server's folder, until the process ends, however it does
+
+
+def _use_own_folder(parent: str) -> None:
+    """Write into a new folder below the one that the operator named, and remove those of the dead.
+
+    The named one itself keeps the counts of servers that have ended, and others may be using it.
+    """
+    global _lock
+    try:
+        for lock in Path(parent).glob("server-*/lock"):
+            _remove_unless_locked(lock)
+        folder = Path(tempfile.mkdtemp(prefix="server-", dir=parent))
+        _lock = (folder / "new").open("w")
+        fcntl.flock(_lock, fcntl.LOCK_EX)
+        (folder / "new").rename(folder / "lock")
+    except OSError as error:
+        raise EngineError(
+            f"{FOLDER}={parent}: {error.strerror}; name a folder that exists and can be written "
+            "to, or unset the variable"
+        ) from None
+    os.environ[FOLDER] = str(folder)
+
+
+def _remove_unless_locked(lock: Path) -> None:
+    with contextlib.suppress(OSError), lock.open() as file:  # locked, another user's, just removed
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.parent)
 
 
 def count_request(policy: str) -> None:
@@ -149,15 +205,20 @@ def _make(metric: Metric, *more_labels: str) -> Any:
     name, labels = PREFIX + metric.name, (*metric.labels, *more_labels)
     if metric.kind == "counter":
         return Counter(name, metric.help, labels)
-    return Gauge(name, metric.help, labels, multiprocess_mode="mostrecent")
+    return Gauge(name, metric.help, labels, multiprocess_mode=metric.mode)
 
 
 class Exporter:
-    """Publishes what a scheduler counts, at an interval."""
+    """Publishes what a scheduler counts, at an interval.
+
+    Made in the thread that runs the model: SGLang names a GPU without its index, which then is the
+    current one of that thread.
+    """
 
     def __init__(self, runtime: Runtime, device: torch.device) -> None:
         self._runtime = runtime
-        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._problem = ""
         self._labels = ("layer",) if runtime.config.metrics.per_layer else ()
         self._seen: dict[tuple[str, ...], int] = {}
 
@@ -166,17 +227,25 @@ class Exporter:
         threading.Thread(target=self._run, name="moe-routing-metrics", daemon=True).start()
 
     def _run(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(torch.cuda.Stream(self._device))
         while True:
             time.sleep(self._runtime.config.metrics.interval)
-            if not self._runtime.has_run or self._runtime.is_capturing:
-                continue  # nobody else may copy while graphs are captured
-            try:
-                self.publish()
-            except Exception:
-                logger.exception("the MoE routing metrics were not brought up to date")
+            self._try_to_publish()
+
+    def _try_to_publish(self) -> None:
+        """What goes wrong is logged once, and shows in the age of `_READ`."""
+        try:
+            if self._stream is not None:
+                torch.cuda.set_stream(self._stream)  # its device, too
+            with self._runtime.reading:
+                if self._runtime.has_run:
+                    self.publish()
+                    _make(_READ).set(time.time())
+        except Exception as error:
+            if repr(error) != self._problem:
+                logger.exception("the MoE routing metrics are not brought up to date")
+            self._problem = repr(error)
+        else:
+            self._problem = ""
 
     def publish(self) -> None:
         """Add what has been counted since the last time."""

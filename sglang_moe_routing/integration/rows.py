@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import EngineError
 from ..policies import PAD
@@ -17,12 +18,15 @@ class RowViews:
     """Policy ids of the rows, in static device buffers that captured graphs read.
 
     Every isolation group has its own view, in which rows of other groups are padding. Rows without
-    a request (graph padding) are in the group of the first row.
+    a request (graph padding) are in the group of the first row, those that `write` was told of.
     """
 
     def __init__(self, num_groups: int, max_rows: int, device: torch.device) -> None:
         self.num_groups = num_groups
+        self.num_rows = 0
+        """Rows whose group is known, padded ones included."""
         self._max_rows = max_rows
+        self._num_written = 0  # rows beyond are `PAD`
         self._present: Sequence[int] = range(num_groups)
         views = num_groups + (num_groups > 1)  # the last one: live rows, all as vanilla
         self._ids = torch.full((views, max_rows), PAD, dtype=torch.int32, device=device)
@@ -44,31 +48,43 @@ class RowViews:
         """Groups that have rows; a graph is captured for all."""
         return range(self.num_groups) if is_capturing else self._present
 
-    def write(self, policy_ids: Sequence[int], group_ids: Sequence[int]) -> None:
-        """Take the rows of the next forward. Raises `EngineError` if they are too many."""
-        num_rows = len(policy_ids)
+    def write(self, policy_ids: Sequence[int], group_ids: Sequence[int], num_rows: int = 0) -> None:
+        """Take the rows of the next forward. What it costs depends on this one and the last.
+
+        Args:
+            num_rows: of the calls to come, those without a request included, at most.
+
+        Raises:
+            EngineError: they are too many.
+        """
+        num_live = len(policy_ids)
+        num_rows = max(num_live, num_rows)
         if num_rows > self._max_rows:
             raise EngineError(f"a forward has {num_rows} rows, the policy buffer {self._max_rows}")
-        self._ids.fill_(PAD)
-        host = torch.tensor([policy_ids], dtype=torch.int32)
+        live = torch.tensor([policy_ids], dtype=torch.int32)
         if self.num_groups > 1:
-            host = self._split(host[0], torch.tensor(group_ids, dtype=torch.int32))
-        if self._ids.is_cuda:
-            host = host.pin_memory()  # fresh each step: the copy may outlive this call
-        self._ids[:, :num_rows].copy_(host, non_blocking=True)
+            live = self._split(live, torch.tensor(group_ids, dtype=torch.int32), num_rows)
+        stale = max(0, self._num_written - num_live)
+        self._bring(pad(live, (0, stale), value=PAD) if stale else live, self._ids)
+        self._num_written, self.num_rows = num_live, num_rows
 
-    def _split(self, policy_ids: Tensor, group_ids: Tensor) -> Tensor:
-        """Views of the live rows, ``[num_groups + 1, num_rows]``; sets the masks."""
-        groups = torch.arange(self.num_groups, dtype=torch.int32)[:, None]
-        first = int(group_ids[0]) if len(group_ids) else 0
-        mine = groups == group_ids
-        self._present = [g for g in range(self.num_groups) if mine[g].any()] or [first]
-        masks = (groups == first).expand(-1, self._max_rows).clone()
-        masks[:, : len(group_ids)] = mine
-        host = masks[..., None].contiguous()
-        self._masks.copy_(host.pin_memory() if self._ids.is_cuda else host, non_blocking=True)
+    def _split(self, policy_ids: Tensor, group_ids: Tensor, num_rows: int) -> Tensor:
+        """Views of the live rows, ``[num_groups + 1, num_live]``; sets the masks."""
+        groups, num_live = torch.arange(self.num_groups)[:, None], len(group_ids)
+        first = int(group_ids[0]) if num_live else 0
+        masks = groups == pad(group_ids, (0, num_rows - num_live), value=first)
+        self._bring(masks[..., None], self._masks)
+        mine = masks[:, :num_live]
+        self._present = mine.any(dim=1).nonzero().flatten().tolist() or [first]
         views = torch.where(mine, policy_ids, PAD)
-        return torch.cat([views, torch.full_like(policy_ids, VANILLA_ID)[None]])
+        return torch.cat([views, torch.full_like(policy_ids, VANILLA_ID)])
+
+    @staticmethod
+    def _bring(host: Tensor, buffer: Tensor) -> None:
+        """Copy into the head of every view of `buffer`, without waiting for it."""
+        if buffer.is_cuda:
+            host = host.pin_memory()  # fresh each step: the copy may outlive this call
+        buffer[:, : host.shape[1]].copy_(host, non_blocking=True)
 
 
 class RowCounts:
@@ -86,10 +102,11 @@ class RowCounts:
         if not any(policy_ids):  # the common one, in haste
             self.rows[table[VANILLA_ID].name] += len(policy_ids)
             return
-        num_live = Counter(group_ids)
-        for (policy_id, group), num_rows in Counter(
-            zip(policy_ids, group_ids, strict=True)
-        ).items():
+        counts = Counter(zip(policy_ids, group_ids, strict=True))
+        num_live: Counter[int] = Counter()
+        for (_, group), num_rows in counts.items():
+            num_live[group] += num_rows
+        for (policy_id, group), num_rows in counts.items():
             name, engage = table[policy_id].name, table[policy_id].policy.engage
             self.rows[name] += num_rows
             if policy_id == VANILLA_ID:

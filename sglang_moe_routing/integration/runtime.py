@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -119,10 +120,13 @@ class Runtime:
     recorder: Recorder | None = None
     plan: Plan | None = None
     is_capturing: bool = False
+    captured_rows: int = 0
     has_run: bool = False
     is_written: bool = False
     passed: list[tuple[int, Tensor]] | None = None
     num_calls: int = 0
+    reading: threading.Lock = field(default_factory=threading.Lock)
+    """Held while another thread reads the device, or graphs are captured: CUDA forbids both."""
 
     def __post_init__(self) -> None:
         self.config = self.loaded.config
@@ -162,8 +166,7 @@ class Runtime:
         if plan is not None:
             self.is_written = False
             if self.has_graphs:  # a replay asks nobody
-                self._write_rows(plan)
-            self.has_run = True
+                self._write_rows(plan, self.captured_rows)
             if plan.is_decode and self.row_counts:
                 self.row_counts.add(plan.policy_ids, plan.group_ids, self.ids.table)
             self.passed = [] if self._lets_pass(plan) else None
@@ -176,11 +179,15 @@ class Runtime:
         finally:
             self.plan, self.passed = previous, None
 
-    def _write_rows(self, plan: Plan) -> None:
-        """Bring the rows of this forward to the device, once and only if somebody needs them."""
+    def _write_rows(self, plan: Plan, num_rows: int) -> None:
+        """Bring the rows of this forward to the device, once and only if somebody needs them.
+
+        Args:
+            num_rows: of a call, padded ones included.
+        """
         assert self.rows is not None
-        if not self.is_written:
-            self.rows.write(plan.policy_ids, plan.group_ids)
+        if not self.is_written or num_rows > self.rows.num_rows:
+            self.rows.write(plan.policy_ids, plan.group_ids, num_rows)
             self.is_written = True
 
     @contextmanager
@@ -235,7 +242,9 @@ class Runtime:
         if ids.shape[1] > layer.top_k:
             ids, weights = ids[:, : layer.top_k], weights[:, : layer.top_k]
         if plan is not None:
-            self._write_rows(plan)
+            self._write_rows(plan, num_rows)
+        elif self.is_capturing:
+            self.captured_rows = max(self.captured_rows, num_rows)
         call = Call(layer, ids, weights, router_logits)
         if self.rows.num_groups > 1:
             self._reroute_by_group(call, counted)

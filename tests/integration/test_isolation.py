@@ -165,19 +165,32 @@ def test_without_groups_they_would(runtimes: tuple[Runtime, Runtime]) -> None:
     assert not torch.equal(alone, together[:6])
 
 
-def test_captured_call_runs_every_group(runtimes: tuple[Runtime, Runtime]) -> None:
-    """What a graph would have baked reads groups from the buffers alone."""
+def test_a_replay_finds_the_group_of_every_row(
+    runtimes: tuple[Runtime, Runtime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a graph has baked reads groups from the buffers alone, those of padded rows too."""
     _, isolated = runtimes
     logits = torch.randn(8, NUM_EXPERTS, generator=torch.Generator().manual_seed(5))
-    policies, groups = [1, 2, 3, 0, 1, 2], [0, 1, 1, 2, 3, 3]
-    expected = run(isolated, logits, policies, groups, pads=2)
-    weights, ids = logits.softmax(dim=1).topk(TOP_K)
-    ids = ids.int()
-    isolated.rows.write(policies, groups)
-    isolated.plan, isolated.is_capturing = None, True
-    try:
-        isolated.reroute(isolated.layers[0], ids, weights, logits)
-    finally:
-        isolated.is_capturing = False
-    assert torch.equal(ids, expected[0])
-    assert torch.equal(weights, expected[1])
+
+    def replay() -> tuple[Tensor, Tensor]:
+        weights, ids = logits.softmax(dim=1).topk(TOP_K)
+        ids = ids.int()
+        with monkeypatch.context() as patch:
+            patch.setattr(isolated, "plan", None)
+            patch.setattr(isolated, "is_capturing", True)
+            isolated.reroute(isolated.layers[0], ids, weights, logits)
+        return ids, weights
+
+    replay()  # as when it is captured
+    monkeypatch.setattr(isolated, "has_graphs", True)
+    for policies, groups in (
+        ([1, 2, 3, 0, 1, 2], [0, 1, 1, 2, 3, 3]),
+        ([1, 4], [3, 0]),
+        ([2], [2]),
+        ([0, 2, 1, 1, 3], [1, 1, 2, 0, 1]),
+    ):
+        pads = len(logits) - len(policies)
+        expected = run(isolated, logits, policies, groups, pads)
+        plan = Plan(policies, groups, [""] * len(policies), "DECODE", is_decode=True)
+        with isolated.forward(plan):
+            assert all(map(torch.equal, replay(), expected))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ from starlette.requests import Request
 
 pytest.importorskip("sglang")
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from sglang_moe_routing.config import load_config
-from sglang_moe_routing.integration import runtime
+from sglang_moe_routing.integration import metrics, runtime
 from sglang_moe_routing.integration.hooks.generate import before
 
 
@@ -25,9 +27,9 @@ def _config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime.start(load_config(path))
 
 
-def request_to(path: str, root_path: str = "") -> Request:
+def request_to(path: str, root_path: str = "", client: str = "somebody") -> Request:
     scope = {"type": "http", "path": path, "headers": [], "server": ("host", 80), "scheme": "http"}
-    return Request({**scope, "root_path": root_path})
+    return Request({**scope, "root_path": root_path, "client": (client, 12345)})
 
 
 def marked(obj: Any, path: str = "/generate") -> Any:
@@ -69,3 +71,22 @@ def test_a_client_that_poses_as_a_health_check_is_marked() -> None:
     rid = f"{HEALTH_CHECK_RID_PREFIX}_1"
     params = marked(GenerateReqInput(text="a", rid=rid, sampling_params={}))
     assert params["custom_params"] == {"moe_routing_policy": "vanilla"}
+
+
+@pytest.mark.parametrize(
+    ("status", "client", "counted"),
+    [("Starting", "host", []), ("Up", "host", ["vanilla"]), ("Starting", "other", ["vanilla"])],
+)
+def test_sglangs_warm_up_is_no_request_of_a_client(
+    monkeypatch: pytest.MonkeyPatch, status: str, client: str, counted: list[str]
+) -> None:
+    """It follows the default, as any request without a policy, but nobody sent it."""
+    requests: list[str] = []
+    monkeypatch.setattr(metrics, "count_request", requests.append)
+    manager = SimpleNamespace(server_status=SimpleNamespace(name=status))
+    state = SimpleNamespace(tokenizer_manager=manager)
+    monkeypatch.setattr(http_server, "_global_state", state)
+    obj = GenerateReqInput(text="a", sampling_params={})
+    before(None, obj, request_to("/generate", client=client))
+    assert obj.sampling_params["custom_params"] == {"moe_routing_policy": "vanilla"}
+    assert requests == counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -216,3 +217,13 @@ def test_configuration_page_names_every_variable() -> None:
 def test_documents_name_the_pinned_release() -> None:
     for page in (ROOT / "README.md", DOCS / "architecture.md", DOCS / "limits.md"):
         assert environment.SGLANG_VERSION in page.read_text(encoding="utf-8")
+
+
+def test_what_is_said_to_be_tested_on_a_gpu_is_what_was_recorded() -> None:
+    recorded = json.loads((DOCS / "bench/h100.json").read_text())
+    said = section(read("limits.md"), "## Tested on")
+    machine, tests = recorded["machine"], recorded["tests"]
+    for found in (machine["accelerator"], machine["driver"], f"{tests['passed']} tests passed"):
+        assert found in said
+    for name, version in machine["versions"].items():
+        assert re.search(rf"{name} {re.escape(version)}", said, re.I), name

@@ -15,7 +15,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from ...config import BODY_KEY, DEFAULT_GROUP, GROUP_KEY
-from .. import metrics, runtime
+from .. import http_server, metrics, runtime
 from ..hooking import Hook
 from ..selecting import Choice, forget_selection, select
 
@@ -32,6 +32,8 @@ def before(self: Any, obj: Any, request: Any = None) -> None:
     items = given if isinstance(given, list) else [given]
     marked = [_mark(item, choice) for item, choice in zip(items, choices, strict=True)]
     obj.sampling_params = marked if isinstance(given, list) else marked[0]
+    if http_server.is_there() and http_server.is_own_warm_up(request):
+        return  # no client sent it
     for choice in choices * (_num_prompts(obj) if len(choices) == 1 else 1):
         metrics.count_request(choice.policy)
 

@@ -19,7 +19,8 @@ from ..hooking import Hook
 def around_capture(original: Callable[..., Any], self: Any) -> Any:
     if self.model_runner.is_draft_worker:
         return original(self)
-    with runtime.current().capture():
+    state = runtime.current()
+    with state.reading, state.capture():
         return original(self)
 
 
