@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from . import environment
@@ -38,6 +40,20 @@ def activate_platform() -> str | None:
     if os.environ.get("SGLANG_PLATFORM") != environment.PLATFORM:
         return None
     return "sglang_moe_routing.integration.cpu_platform.platform.PortableCpuPlatform"
+
+
+@contextmanager
+def ends_on_error() -> Iterator[None]:
+    """End this process if what runs inside finds that it cannot serve what was configured.
+
+    Elsewhere SGLang would print a traceback in its own name, or go on.
+    """
+    from ..errors import RoutingError
+
+    try:
+        yield
+    except RoutingError as error:
+        fatal(error)
 
 
 def fatal(error: BaseException, *, at_once: bool = False) -> NoReturn:

@@ -19,9 +19,12 @@ from . import (
 
 HOOKS: tuple[Hook, ...] = (
     topk.HOOK,
+    topk.SELECT,
+    topk.PRECOMPUTED,
     forward_batch.HOOK,
     forward.HOOK,
     graphs.CAPTURE,
+    graphs.CAPTURE_SHAPE,
     graphs.PREFILL,
     load_model.HOOK,
     request.HOOK,
