@@ -25,6 +25,7 @@ from sglang_moe_routing.integration.runtime import LAYER, Plan, Runtime  # noqa:
 from .test_isolation import CPU, MAX_ROWS, NUM_EXPERTS, TOP_K, make_runtime  # noqa: E402
 
 NUM_LAYERS = 3
+PLAIN = topk.StandardTopKOutput(torch.ones(2, 4), torch.zeros(2, 4), torch.zeros(2, 8))
 RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
 
 
@@ -161,7 +162,7 @@ def select(hooked_select: Callable[..., Any], config: Any, **options: Any) -> An
 
 
 def select_hook(original: Callable[..., Any]) -> Callable[..., Any]:
-    """SGLang's `select_experts`, or a stand-in, with our hooks after it."""
+    """A stand-in for SGLang's `select_experts` with our hook after it."""
     (hook,) = (h for h in HOOKS if h.target == f"{topk.__name__}.select_experts")
 
     def after(*args: Any, **kwargs: Any) -> Any:
@@ -175,16 +176,15 @@ def select_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("is_ours", [False, True])
 def test_packed_expert_ids_are_refused_in_our_layers(state: Runtime, is_ours: bool) -> None:
     config = topk.TopKConfig(top_k=TOP_K)
-    plain = topk.StandardTopKOutput(torch.ones(2, 4), torch.zeros(2, 4), torch.zeros(2, 8))
 
     def packs(**_: Any) -> Any:
-        return topk.StandardTopKOutputPacked(*plain, torch.zeros(2, 4))
+        return topk.StandardTopKOutputPacked(*PLAIN, torch.zeros(2, 4))
 
     if not is_ours:
         select(select_hook(packs), config)
         return
     setattr(config, LAYER, state.layers[0])
-    select(select_hook(lambda **_: plain), config)
+    select(select_hook(lambda **_: PLAIN), config)
     with pytest.raises(EngineError, match=r"layer 10: SGLang packed the expert ids.*TOPK_PACK=0"):
         select(select_hook(packs), config)
 
@@ -194,7 +194,7 @@ def test_a_router_bias_per_token_is_refused_when_it_shows_up(state: Runtime) -> 
     setattr(config, LAYER, state.layers[0])
     bias = torch.zeros(2, NUM_EXPERTS)
     with pytest.raises(EngineError, match="layer 10: a router bias that depends on the token"):
-        select(select_hook(topk.select_experts), config, dynamic_expert_bias=bias)
+        select(select_hook(lambda **_: PLAIN), config, dynamic_expert_bias=bias)
 
 
 def test_a_fused_router_that_skips_the_hook_is_refused(state: Runtime) -> None:
