@@ -20,7 +20,6 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import (
     Fingerprint,
-    StoredTensor,
     find_checkpoint,
     fingerprint,
     layers_without_experts,
@@ -151,12 +150,12 @@ def _check_experts_have_weights(model: torch.nn.Module, server_args: Any) -> Non
         if isinstance(module, FusedMoE) and (found := re.search(r"\blayers\.(\d+)\.", name))
     }
     try:
-        headers = _served_headers(
-            server_args.model_path, server_args.revision, server_args.download_dir
+        folder = find_checkpoint(
+            server_args.model_path, revision=server_args.revision, cache=server_args.download_dir
         )
+        dense = layers_without_experts(read_headers(folder), numbers)
     except CheckpointError:
         return
-    dense = layers_without_experts(headers, numbers)
     if dense:
         raise EngineError(
             f"SGLang made layers {dense} of {type(model).__name__} MoE layers, but "
@@ -164,13 +163,6 @@ def _check_experts_have_weights(model: torch.nn.Module, server_args: Any) -> Non
             "they were in memory. It ignores decoder_sparse_step and mlp_only_layers of the "
             "model's config.json; serve a model whose layers are all MoE layers"
         )
-
-
-@functools.cache
-def _served_headers(
-    model: str, revision: str | None, cache: str | None
-) -> Mapping[str, StoredTensor]:
-    return read_headers(find_checkpoint(model, revision=revision, cache=cache))
 
 
 def _num_routed(experts: FusedMoE) -> int:
@@ -313,18 +305,7 @@ def make_router(config: Any, where: str) -> Router:
     Raises:
         EngineError: a kind of router whose scores we cannot recompute.
     """
-    unknown = [
-        f"{field.name} {getattr(config, field.name)!r}"
-        for field in dataclasses.fields(config)
-        if field.name not in KNOWN_ROUTER_SETTINGS
-        and getattr(config, field.name) is not field.default
-        and getattr(config, field.name) != field.default
-    ]
-    if unknown:
-        raise EngineError(
-            f"{where}: this package does not know what these settings of SGLang's router do: "
-            + ", ".join(unknown)
-        )
+    _refuse_unknown_settings(config, where)
     backend = config.runner_backend
     problems = {
         "a custom routing function": config.custom_routing_function is not None,
@@ -362,6 +343,22 @@ def make_router(config: Any, where: str) -> Router:
         num_groups=config.num_expert_group if has_groups else 1,
         top_groups=config.topk_group if has_groups else 1,
     )
+
+
+def _refuse_unknown_settings(config: Any, where: str) -> None:
+    """Settings of a changed SGLang: nobody has read what they do, so only their defaults pass."""
+    unknown = [
+        f"{field.name} {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in KNOWN_ROUTER_SETTINGS
+        and getattr(config, field.name) is not field.default
+        and getattr(config, field.name) != field.default
+    ]
+    if unknown:
+        raise EngineError(
+            f"{where}: this package does not know what these settings of SGLang's router do: "
+            + ", ".join(unknown)
+        )
 
 
 def check_artifacts(
@@ -419,7 +416,7 @@ def _other_weights(name: str, artifact: SimilarityArtifact, server_args: Any) ->
 
 @functools.cache  # a reload must not wait for the disk
 def _served_weights(model: str, revision: str | None, cache: str | None) -> Fingerprint:
-    return fingerprint(_served_headers(model, revision, cache))
+    return fingerprint(read_headers(find_checkpoint(model, revision=revision, cache=cache)))
 
 
 def _check_layers(name: str, artifact: SimilarityArtifact, num_experts: Mapping[int, int]) -> None:
