@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,17 +44,24 @@ def activate_platform() -> str | None:
 
 
 @contextmanager
-def ends_on_error() -> Iterator[None]:
+def ends_on_error(*, is_serving: bool = False) -> Iterator[None]:
     """End this process if what runs inside finds that it cannot serve what was configured.
 
-    Elsewhere SGLang would print a traceback in its own name, or go on.
+    Args:
+        is_serving: tell the parent process as well, as SGLang's scheduler does where it fails;
+            once a server runs, nobody need be waiting for the exit of one of its schedulers.
     """
     from ..errors import RoutingError
 
     try:
         yield
     except RoutingError as error:
-        fatal(error)
+        try:
+            fatal(error)
+        finally:
+            parent = multiprocessing.parent_process()
+            if is_serving and parent is not None and parent.pid is not None:
+                os.kill(parent.pid, signal.SIGQUIT)
 
 
 def fatal(error: BaseException, *, at_once: bool = False) -> NoReturn:

@@ -22,7 +22,7 @@ def around(
     plan = getattr(forward_batch, PLAN, None)
     if self.is_draft_worker or plan is None:
         return original(self, forward_batch, *args, **kwargs)
-    with ends_on_error(), state.forward(plan):
+    with ends_on_error(is_serving=True), state.forward(plan):
         output = original(self, forward_batch, *args, **kwargs)
         if not output.can_run_graph:
             state.check_every_layer_asked()
