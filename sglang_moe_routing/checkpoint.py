@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100 << 20
 _NUM_SAMPLES = 1024
 _SAMPLE_BYTES = 4096
+_LAYER = re.compile(
+    r"(?P<stack>(?:.*?\.)?layers)\.(?P<number>\d+)\.(?P<experts>(?:.*\.)?experts\.)?"
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,26 @@ def moe_layers(names: Iterable[str]) -> list[int]:
     """Ids of the layers for which a checkpoint's tensors include routed experts."""
     found = (re.search(r"\blayers\.(\d+)\.(?:\w+\.)*experts\.", name) for name in names)
     return sorted({int(match[1]) for match in found if match})
+
+
+def layers_without_experts(names: Iterable[str], layers: Iterable[int]) -> list[int]:
+    """Those of `layers` that a checkpoint holds, but without experts where other layers have them.
+
+    Layers of one stack are compared, for instance of `model.layers` and not of `mtp.layers`; a
+    checkpoint that calls no tensor `experts` has none to compare.
+
+    Args:
+        names: of the checkpoint's tensors.
+        layers: numbers of the layers that should have experts.
+    """
+    present, routed = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)
+    for name in names:
+        if found := _LAYER.match(name):
+            present[found["stack"]].add(int(found["number"]))
+            if found["experts"]:
+                routed[found["stack"]].add(int(found["number"]))
+    dense = set().union(*(present[stack] - numbers for stack, numbers in routed.items()))
+    return sorted(dense.intersection(layers).difference(*routed.values()))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,13 @@ from sglang.srt.layers.moe.hash_topk import HashTopK
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 
 from ..artifacts import SimilarityArtifact
-from ..checkpoint import Fingerprint, find_checkpoint, fingerprint, read_headers
+from ..checkpoint import (
+    Fingerprint,
+    find_checkpoint,
+    fingerprint,
+    layers_without_experts,
+    read_headers,
+)
 from ..config import LoadedConfig, check_policies
 from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
 from ..kernels import (
@@ -56,6 +64,7 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     _check_ranks_agree(runtime)
     server_args = model_runner.server_args
     routers = _routed_layers(model_runner.model)
+    _check_experts_have_weights(model_runner.model, server_args)
     sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routers.items()}
     num_experts = {layer: size.num_experts for layer, size in sizes.items()}
     check_artifacts(runtime.loaded, runtime.artifacts, num_experts, server_args)
@@ -145,6 +154,35 @@ def warn_of_policies(
     for doubt in [*check_policies(loaded, sizes), *idle_thresholds(loaded, artifacts)]:
         if get_tp_group().is_first_rank:
             logger.warning("%s: %s", loaded.path, doubt)
+
+
+def _check_experts_have_weights(model: torch.nn.Module, server_args: Any) -> None:
+    """Refuse layers that SGLang made routed though the checkpoint has no experts for them.
+
+    SGLang ignores `decoder_sparse_step` and `mlp_only_layers` of Qwen's configs. Checkpoints that
+    cannot be read here, and other names for experts, are not judged.
+    """
+    if server_args.load_format == "dummy":
+        return
+    numbers = {
+        int(found[1])
+        for name, module in model.named_modules()
+        if isinstance(module, FusedMoE) and (found := re.search(r"\blayers\.(\d+)\.", name))
+    }
+    try:
+        folder = find_checkpoint(
+            server_args.model_path, revision=server_args.revision, cache=server_args.download_dir
+        )
+        dense = layers_without_experts(read_headers(folder), numbers)
+    except CheckpointError:
+        return
+    if dense:
+        raise EngineError(
+            f"SGLang made layers {dense} of {type(model).__name__} MoE layers, but "
+            f"{server_args.model_path} has no experts for them: their weights would be left as "
+            "they were in memory. It ignores decoder_sparse_step and mlp_only_layers of the "
+            "model's config.json; serve a model whose layers are all MoE layers"
+        )
 
 
 def _has_bias_per_token(module: torch.nn.Module) -> bool:
@@ -247,12 +285,31 @@ def _compile(runtime: Runtime, table: PolicyTable) -> KernelTable:
     return with_room(compiled, room)
 
 
+KNOWN_ROUTER_SETTINGS = frozenset(
+    {
+        # read or refused where routers and layers are made
+        *("top_k", "use_grouped_topk", "topk_group", "num_expert_group", "renormalize"),
+        *("shared_experts", "custom_routing_function", "correction_bias", "scoring_func"),
+        *("routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
+        *("output_format", "runner_backend", "fused_gate_packed_ids"),
+        # other code for the same function of the logits
+        *("torch_native", "sqrtsoftplus_log1p"),
+        # matters after the re-routing only
+        *("fused_shared_experts_scaling_factor", "routing_method_type"),
+        *("allow_routed_experts_capture", "layer_id"),
+        *("_correction_bias_dtype_cache", "_correction_bias_cache_key"),
+    }
+)
+"""Fields of SGLang's `TopKConfig` of which we know what they do to the routing."""
+
+
 def make_router(config: Any, where: str) -> Router:
     """How SGLang's `TopKConfig` turns logits into experts and weights.
 
     Raises:
         EngineError: a kind of router whose scores we cannot recompute.
     """
+    _refuse_unknown_settings(config, where)
     backend = config.runner_backend
     problems = {
         "a custom routing function": config.custom_routing_function is not None,
@@ -290,6 +347,22 @@ def make_router(config: Any, where: str) -> Router:
         num_groups=config.num_expert_group if has_groups else 1,
         top_groups=config.topk_group if has_groups else 1,
     )
+
+
+def _refuse_unknown_settings(config: Any, where: str) -> None:
+    """Settings of a changed SGLang: nobody has read what they do, so only their defaults pass."""
+    unknown = [
+        f"{field.name} {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in KNOWN_ROUTER_SETTINGS
+        and getattr(config, field.name) is not field.default
+        and getattr(config, field.name) != field.default
+    ]
+    if unknown:
+        raise EngineError(
+            f"{where}: this package does not know what these settings of SGLang's router do: "
+            + ", ".join(unknown)
+        )
 
 
 def check_artifacts(

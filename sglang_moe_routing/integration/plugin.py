@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from . import environment
@@ -38,6 +41,27 @@ def activate_platform() -> str | None:
     if os.environ.get("SGLANG_PLATFORM") != environment.PLATFORM:
         return None
     return "sglang_moe_routing.integration.cpu_platform.platform.PortableCpuPlatform"
+
+
+@contextmanager
+def ends_on_error(*, is_serving: bool = False) -> Iterator[None]:
+    """End this process if what runs inside finds that it cannot serve what was configured.
+
+    Args:
+        is_serving: tell the parent process as well, as SGLang's scheduler does where it fails;
+            once a server runs, nobody need be waiting for the exit of one of its schedulers.
+    """
+    from ..errors import RoutingError
+
+    try:
+        yield
+    except RoutingError as error:
+        try:
+            fatal(error)
+        finally:
+            parent = multiprocessing.parent_process()
+            if is_serving and parent is not None and parent.pid is not None:
+                os.kill(parent.pid, signal.SIGQUIT)
 
 
 def fatal(error: BaseException, *, at_once: bool = False) -> NoReturn:

@@ -18,6 +18,7 @@ from ..errors import EngineError
 from ..kernels import MAX_ROWS, KernelTable, refine_out, workspace
 from ..policies import FreeSlots, PolicyTable, Router, reroute
 from ..similarity import load_similarities
+from . import environment
 from .definitions import Definition, PolicyIds, define
 from .recorder import Recorder
 from .rows import RowCounts, RowViews
@@ -25,6 +26,13 @@ from .statistics import Statistics, count
 
 LAYER = "_sglang_moe_routing_layer"
 """Attribute of a `TopKConfig` that opts its layer in; drafts and foreign routers lack it."""
+
+
+_BYPASSED = (
+    "another plugin that skips or replaces a function of SGLang's router, this model, or its MoE "
+    f"backend bypasses the re-routing: try SGLANG_PLUGINS={environment.PLUGIN}, then "
+    "--moe-runner-backend triton"
+)
 
 
 @dataclass
@@ -124,7 +132,8 @@ class Runtime:
     has_run: bool = False
     is_written: bool = False
     passed: list[tuple[int, Tensor]] | None = None
-    num_calls: int = 0
+    asked: list[int] = field(default_factory=list)
+    num_captured: int = 0
     reading: threading.Lock = field(default_factory=threading.Lock)
     """Held while another thread reads the device, or graphs are captured: CUDA forbids both."""
 
@@ -171,7 +180,7 @@ class Runtime:
                 self.row_counts.add(plan.policy_ids, plan.group_ids, self.ids.table)
             self.passed = [] if self._lets_pass(plan) else None
         previous, self.plan = self.plan, plan
-        self.num_calls = 0
+        self.asked.clear()
         try:
             yield
             if self.passed and self.statistics:
@@ -196,25 +205,44 @@ class Runtime:
         assert self.rows is not None
         self.rows.write([], [])
         previous, self.is_capturing = self.is_capturing, True
-        self.num_calls = 0
+        self.num_captured = 0
         try:
             yield
-            if self.num_calls == 0 or self.num_calls % len(self.layers):
+            if self.num_captured == 0:
                 raise EngineError(
-                    f"{self.num_calls} routing calls of {len(self.layers)} MoE layers while "
-                    "graphs were captured: this model or MoE backend bypasses SGLang's TopK"
+                    f"no decode graph was captured by SGLang's own decode graph runner; {_BYPASSED}"
                 )
         finally:
             self.is_capturing = previous
             if self.statistics:
                 self.statistics.reset()
 
-    def check_every_layer_asked(self) -> None:
-        """After an eager forward under a plan: every layer must have come by exactly once."""
-        if self.num_calls != len(self.layers):
+    @contextmanager
+    def graph_forward(self, name: str) -> Iterator[None]:
+        """Run a graph's forward once: to warm up, to capture, or again where replays are Python.
+
+        Every run is held to its layers: what a warm-up asks says nothing about what is captured.
+        """
+        if self.plan is None and not self.is_capturing:  # nobody would be counted
+            yield
+            return
+        self.asked.clear()
+        yield
+        self.check_every_layer_asked(name)
+        self.num_captured += 1
+
+    def check_every_layer_asked(self, name: str = "an eager forward") -> None:
+        """After a forward, graph or eager: every layer must have come by exactly once.
+
+        Raises:
+            EngineError: `name` ran layers that did not, or that came twice.
+        """
+        counts = Counter(self.asked)
+        wrong = [layer.layer_id for layer in self.layers if counts[layer.index] != 1]
+        if wrong:
             raise EngineError(
-                f"{self.num_calls} of {len(self.layers)} MoE layers asked for their routing in "
-                "one forward: this model or MoE backend bypasses SGLang's TopK"
+                f"in {name}, MoE layers {wrong} of {len(self.layers)} did not ask for their "
+                f"routing exactly once; {_BYPASSED}"
             )
 
     def reroute(
@@ -227,11 +255,16 @@ class Runtime:
         plan, num_rows = self.plan, topk_ids.shape[0]
         if plan is None and not self.is_capturing:
             return
-        self.num_calls += 1
+        self.asked.append(layer.index)
         if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
             raise EngineError(
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
                 f"expected {(num_rows, layer.num_experts)}"
+            )
+        if plan is not None and plan.reroutes and num_rows < len(plan.policy_ids):
+            raise EngineError(
+                f"layer {layer.layer_id}: {num_rows} rows came for their routing, but the forward "
+                f"has {len(plan.policy_ids)}: it is not known which policies they follow"
             )
         if self.passed is not None and plan is not None and len(plan.policy_ids) == num_rows:
             if self.statistics is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from scripts import make_tiny_models
 from sglang_moe_routing import demo
 from sglang_moe_routing.bench.server import server_command, server_environment, stop_server
 
@@ -158,8 +160,6 @@ def test_artifact_of_another_model_stops_the_server(tmp_path: Path) -> None:
 
 def test_artifact_of_other_weights_stops_the_server(tmp_path: Path) -> None:
     """The same model trained further has the same layers and experts, and other neighbours."""
-    from dataclasses import replace
-
     from sglang_moe_routing import load_artifact, save_artifact
     from sglang_moe_routing.checkpoint import fingerprint, read_headers
 
@@ -233,3 +233,48 @@ def test_dense_model_stops_the_server(tmp_path: Path) -> None:
     status, output = failed_start(tmp_path, GOOD, model=model)
     assert status == 78
     assert "Qwen3ForCausalLM has no MoE layers that SGLang routes" in own_message(output)
+
+
+def test_routed_layers_without_experts_in_the_checkpoint_stop_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang ignores `decoder_sparse_step`: it would serve experts that nobody loaded."""
+    family = make_tiny_models.FAMILIES["qwen3_moe"]
+    sparse = replace(family, settings={**family.settings, "decoder_sparse_step": 2})
+    monkeypatch.setitem(make_tiny_models.FAMILIES, "sparse", sparse)
+    model = make_tiny_models.make("sparse", tmp_path / "sparse")
+    status, output = failed_start(tmp_path, GOOD, "--dtype", "float32", model=model)
+    assert status == 78
+    message = own_message(output)
+    assert "SGLang made layers [0, 2] of Qwen3MoeForCausalLM MoE layers" in message
+    assert "It ignores decoder_sparse_step and mlp_only_layers" in message
+
+
+SKIPS_FOUR_ROWS = """
+import functools
+
+@functools.wraps(_inner := select_experts)
+def select_experts(hidden_states, router_logits, topk_config, **options):
+    if hidden_states.shape[0] != 4:
+        return _inner(hidden_states, router_logits, topk_config, **options)
+    weights, ids = router_logits.softmax(dim=-1).topk(topk_config.top_k)
+    return StandardTopKOutput(weights, ids.int(), router_logits)
+"""
+
+
+def test_a_graph_of_one_size_that_bypasses_the_router_stops_the_server(tmp_path: Path) -> None:
+    """As kernels do that replace a model's forward for the sizes that they cover."""
+    flags = ("--cuda-graph-backend-prefill", "disabled", "--cuda-graph-bs-decode", "1", "4", "8")
+    status, output = failed_start(
+        tmp_path,
+        GOOD,
+        "--enable-torch-compile",
+        *flags,
+        sabotage=f"sglang.srt.layers.moe.topk:{SKIPS_FOUR_ROWS}",
+        SGLANG_MOE_ROUTING_EMULATE_GRAPHS="1",
+    )
+    assert status == 78
+    message = own_message(output)
+    assert "in the decode graph of 4 requests, MoE layers [0, 1, 2, 3] of 4" in message
+    assert "another plugin that skips or replaces a function of SGLang's router" in message
+    assert "Traceback" not in output.split("sglang-moe-routing:")[0]

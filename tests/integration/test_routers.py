@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,10 @@ topk = pytest.importorskip("sglang.srt.layers.moe.topk")
 from sglang.srt.configs.shared_experts import SharedExpertsConfig  # noqa: E402
 
 from sglang_moe_routing.errors import EngineError  # noqa: E402
-from sglang_moe_routing.integration.attach import make_router  # noqa: E402
+from sglang_moe_routing.integration.attach import (  # noqa: E402
+    KNOWN_ROUTER_SETTINGS,
+    make_router,
+)
 
 NUM_ROWS = 64
 BFLOAT16 = 2.0**-7  # relative; two roundings
@@ -202,3 +206,18 @@ def test_routers_that_cannot_be_recomputed_are_refused(
 ) -> None:
     with pytest.raises(EngineError, match=f"layer 7: routers with {reason} are not supported"):
         make_router(make_config("qwen3_moe", **changes), "layer 7")
+
+
+def test_every_setting_of_sglangs_router_is_known() -> None:
+    fields = {field.name for field in dataclasses.fields(topk.TopKConfig)}
+    assert fields == KNOWN_ROUTER_SETTINGS
+
+
+def test_a_setting_that_nobody_has_read_passes_at_its_default_only() -> None:
+    @dataclasses.dataclass
+    class Newer(topk.TopKConfig):  # type: ignore[misc, name-defined]  # sglang is untyped
+        shiny: float = 0.0
+
+    make_router(Newer(top_k=8), "layer 7")
+    with pytest.raises(EngineError, match=r"layer 7: .*does not know.*: shiny 0.5"):
+        make_router(Newer(top_k=8, shiny=0.5), "layer 7")

@@ -10,7 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sglang_moe_routing.checkpoint import find_checkpoint, fingerprint, read_headers
+from sglang_moe_routing.checkpoint import (
+    find_checkpoint,
+    fingerprint,
+    layers_without_experts,
+    read_headers,
+)
 from sglang_moe_routing.errors import CheckpointError
 
 
@@ -136,3 +141,30 @@ def test_models_that_are_nowhere(tmp_path: Path) -> None:
             find_checkpoint(name)
     with pytest.raises(CheckpointError, match="hf download nobody/nothing"):
         find_checkpoint("nobody/nothing", cache=str(tmp_path))
+
+
+EXPERT_NAMES = [
+    "model.layers.{}.mlp.experts.0.gate_proj.weight",
+    "model.layers.{}.mlp.experts.gate_up_proj",
+    "model.layers.{}.mlp.experts.down_proj_blocks",
+    "model.layers.{}.block_sparse_moe.experts.7.w1.weight",
+    "language_model.model.layers.{}.feed_forward.experts.gate_up_proj",
+    "layers.{}.ffn.experts.0.w2.weight",
+    "backbone.layers.{}.mixer.experts.3.up_proj.weight",
+]
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_a_layer_without_experts_is_found_whatever_experts_are_called(name: str) -> None:
+    stack = name.partition("{}")[0]
+    common = [f"{stack}{i}.{part}" for i in range(4) for part in ("norm.w", "shared_experts.w")]
+    routed = [name.format(i) for i in (1, 2)]
+    assert layers_without_experts([*common, *routed], [1, 2, 3]) == [3]
+    assert layers_without_experts([*common, *routed], [1, 2]) == []
+
+
+def test_checkpoints_whose_experts_cannot_be_recognised_are_not_judged() -> None:
+    names = [f"model.layers.{i}.block_sparse_moe.input_linear.weight" for i in range(3)]
+    draft = ["mtp.layers.0.mlp.experts.0.gate_proj.weight", "mtp.layers.0.norm.weight"]
+    assert layers_without_experts([*names, *draft], range(3)) == []
+    assert layers_without_experts([], range(3)) == []

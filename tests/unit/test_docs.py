@@ -19,7 +19,7 @@ import yaml
 from scripts import make_reference
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import load_config
-from sglang_moe_routing.integration import environment
+from sglang_moe_routing.integration import environment, settings
 from sglang_moe_routing.kernels import native
 
 ROOT = Path(__file__).parents[2]
@@ -79,43 +79,19 @@ def hook_targets() -> set[str]:
     return found
 
 
-def refusals(table: str) -> dict[str, str]:
-    """Names of a table in refusals.py, with their reasons."""
-    for node in ast.parse((INTEGRATION / "refusals.py").read_text()).body:
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == table:
-            assert isinstance(node.value, ast.Dict)
-            return {
-                ast.literal_eval(key): ast.literal_eval(
-                    value.elts[1] if isinstance(value, ast.Tuple) else value
-                )
-                for key, value in zip(node.value.keys, node.value.values, strict=True)
-                if key is not None
-            }
-    raise AssertionError(f"{table} is not in refusals.py")
-
-
 def test_architecture_lists_exactly_the_hooked_symbols() -> None:
     assert len(hook_targets()) > 10
     assert first_cells(section(read("architecture.md"), "## Hooked symbols")) == hook_targets()
 
 
-def test_limits_list_exactly_the_refused_flags() -> None:
-    flags = {f"--{name.replace('_', '-')}" for name in refusals("_FLAGS")}
-    listed = first_cells(section(read("limits.md"), "## Refused: server settings"))
-    assert {name for name in listed if name.startswith("--")} == flags
-
-
-def test_limits_list_exactly_the_refused_variables() -> None:
-    listed = first_cells(section(read("limits.md"), "## Refused: server settings"))
-    assert {name for name in listed if name.startswith("SGLANG")} == set(refusals("_VARIABLES"))
-
-
-@pytest.mark.parametrize("table", ["_FLAGS", "_VARIABLES"])
-def test_limits_give_the_reasons_of_the_code(table: str) -> None:
-    rows = {row[0].strip("`"): row[-1] for row in tables(read("limits.md"))}
-    for name, reason in refusals(table).items():
-        shown = f"--{name.replace('_', '-')}" if table == "_FLAGS" else name
-        assert rows[shown] == reason.replace("after us", "after this package")
+def test_limits_list_exactly_the_refused_settings() -> None:
+    flags = {f"--{name.replace('_', '-')}": r for name, r in settings.REFUSED_FLAGS.items()}
+    refused = {**flags, **settings.REFUSED_VARIABLES}
+    listed = section(read("limits.md"), "## Refused: server settings")
+    rows = [row for row in tables(listed) if row[0].startswith("`")]
+    assert {row[0].strip("`"): tuple(row[1:]) for row in rows} == {
+        name: (refusal.when.text, refusal.reason) for name, refusal in refused.items()
+    }
 
 
 def test_limits_name_every_default_of_the_cpu_platform() -> None:

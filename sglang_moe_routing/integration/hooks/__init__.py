@@ -20,10 +20,13 @@ from . import (
 
 HOOKS: tuple[Hook, ...] = (
     topk.HOOK,
+    topk.SELECT,
+    topk.PRECOMPUTED,
     capture.HOOK,
     forward_batch.HOOK,
     forward.HOOK,
     graphs.CAPTURE,
+    graphs.CAPTURE_SHAPE,
     graphs.PREFILL,
     load_model.HOOK,
     request.HOOK,

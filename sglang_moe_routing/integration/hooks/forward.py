@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import runtime
 from ..hooking import Hook
+from ..plugin import ends_on_error
 from .forward_batch import PLAN
 
 
@@ -21,7 +22,7 @@ def around(
     plan = getattr(forward_batch, PLAN, None)
     if self.is_draft_worker or plan is None:
         return original(self, forward_batch, *args, **kwargs)
-    with state.forward(plan):
+    with ends_on_error(is_serving=True), state.forward(plan):
         output = original(self, forward_batch, *args, **kwargs)
         if not output.can_run_graph:
             state.check_every_layer_asked()

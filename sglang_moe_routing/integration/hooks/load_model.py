@@ -12,28 +12,23 @@ from typing import Any
 import torch
 from sglang.srt.distributed import get_tp_group
 
-from ...errors import RoutingError
 from .. import runtime
 from ..attach import attach
 from ..hooking import Hook
 from ..metrics import Exporter
-from ..plugin import fatal
+from ..plugin import ends_on_error
 from ..refusals import refuse_recording_under_graphs, refuse_unsupported
 
 
 def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     if self.is_draft_worker:
         return original(self, *args, **kwargs)
-    try:
+    with ends_on_error():
         refuse_unsupported(self.server_args)
         refuse_recording_under_graphs(self.server_args)
-    except RoutingError as error:
-        fatal(error)
     result = original(self, *args, **kwargs)
-    try:
+    with ends_on_error():
         attach(runtime.current(), self)
-    except RoutingError as error:
-        fatal(error)
     if self.server_args.enable_metrics and get_tp_group().rank_in_group == 0:
         Exporter(runtime.current(), torch.device(self.device)).start()
     return result
