@@ -29,7 +29,6 @@ REASONS = (
     "contradiction",
     "malformed",
     "not_allowed",
-    "repeated_header",
     "reserved",
     "session",
     "unknown",
