@@ -20,6 +20,11 @@ GENERATES: dict[str, dict[str, Any]] = {
         "parameters": {"sampling_params": {"max_new_tokens": 2}},
     },
     "/v1/score": {"model": "demo", "query": "The", "items": ["a"], "label_token_ids": [1, 2]},
+    "/v1/systemone": {
+        "model": "demo",
+        "state": "The",
+        "questions": {"a": {"type": "choice", "criteria": {"yes": "a", "no": "b"}}},
+    },
 }
 """Routes that run a policy for the demo model, with a small request."""
 
@@ -29,11 +34,6 @@ OTHER_MODELS: dict[str, dict[str, Any]] = {
         "model": "demo",
         "input": "The",
         "questions": [{"id": "a", "type": "yes_no", "question": "Is it?"}],
-    },
-    "/v1/systemone": {
-        "model": "demo",
-        "state": "The",
-        "questions": {"a": {"type": "choice", "criteria": {"yes": "a", "no": "b"}}},
     },
 }
 """Routes that run a policy for models of another kind; here they only refuse."""
