@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from sglang_moe_routing.config import json_schema
-from sglang_moe_routing.config.schema import NAME_PATTERN
+from sglang_moe_routing.config.schema import HEADER_PATTERN, NAME_PATTERN
 from sglang_moe_routing.integration import environment
 from sglang_moe_routing.kernels import native
 from sglang_moe_routing.policies import Schedule, builtin_registry
@@ -291,7 +291,8 @@ def _type(field: Mapping[str, Any], key: str = "") -> str:
         return _mapping(field, key)
     if field["type"] == "string":
         pattern = field.get("pattern")
-        return {None: "text", f"^{NAME_PATTERN}$": "name"}.get(pattern, f"text like `{pattern}`")
+        known = {None: "text", f"^{NAME_PATTERN}$": "name", HEADER_PATTERN: "header name"}
+        return known.get(pattern, f"text like `{pattern}`")
     words = {"integer": "integer", "number": "number", "boolean": "`true` or `false`"}
     return words[field["type"]] + _range(field)
 

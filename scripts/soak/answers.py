@@ -84,12 +84,11 @@ def _judge_refusal(refusal: str, reply: Reply) -> list[str]:
 
 
 def named_policies(ask: Ask, reply: Reply) -> list[str | None]:
-    """Policies in the bodies, where they belong: OpenAI's streams have them in the header only."""
+    """Policies in the bodies, where they belong: in the last events of OpenAI's streams."""
     if ask.path == "/generate":
         return [info.get("moe_routing_policy") for info in _meta_infos(reply)]
-    if ask.stream:
-        return []
-    return [(body.get("metadata") or {}).get("moe_routing_policy") for body in reply.bodies]
+    extensions = [body.get("sglext", {}) for body in reply.bodies]
+    return [e.get("moe_routing_policy") for e in extensions if e or not ask.stream]
 
 
 def count_tokens(ask: Ask, reply: Reply) -> tuple[int, list[str]]:

@@ -3,7 +3,15 @@
 from .fit import check_policies
 from .loader import LoadedConfig, bundled_config, load_config
 from .schema import DEFAULT_GROUP, DEFAULT_HEADER, VANILLA, RoutingConfig, json_schema, model_for
-from .selection import BODY_KEY, GROUP_KEY, choose, choose_group, split_alias
+from .selection import (
+    BODY_KEY,
+    GROUP_KEY,
+    bearer_key,
+    choose,
+    choose_group,
+    find_in_body,
+    split_alias,
+)
 
 __all__ = [
     "BODY_KEY",
@@ -13,10 +21,12 @@ __all__ = [
     "VANILLA",
     "LoadedConfig",
     "RoutingConfig",
+    "bearer_key",
     "bundled_config",
     "check_policies",
     "choose",
     "choose_group",
+    "find_in_body",
     "json_schema",
     "load_config",
     "model_for",

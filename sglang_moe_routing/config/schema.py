@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Discriminator,
     Field,
@@ -24,6 +26,10 @@ from ..policies.base import StrictModel
 
 VANILLA = "vanilla"
 DEFAULT_HEADER = "X-MoE-Routing-Policy"
+HEADER_PATTERN = (
+    r"^([Xx]-([A-Za-z0-9]+-)*[Mm][Oo][Ee](-[A-Za-z0-9]+)*|[Xx]-[Ss][Mm][Gg]-[Rr]outing-[Kk]ey)$"
+)
+"""Nobody else owns a name with MoE in it; the other one is what routers group by."""
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -64,6 +70,39 @@ Choosable = Annotated[
         custom_error_type="choosable",
         custom_error_message="Input should be 'all' or a list of policies",
     ),
+]
+
+
+def _parse_headers(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_headers(names: list[str]) -> list[str]:
+    for name in names:
+        if len(name) > 64 or not re.fullmatch(HEADER_PATTERN, name):
+            raise ValueError(
+                f"{name!r:.80} may belong to HTTP, a proxy or SGLang; expected a name that starts "
+                f"with X- and has MoE between hyphens, such as {DEFAULT_HEADER}, or "
+                "X-SMG-Routing-Key"
+            )
+    if not names or len({name.lower() for name in names}) < len(names):
+        raise ValueError(f"expected one or more names, each once, got {names}")
+    return names
+
+
+class _HeaderJson:
+    """JSON schema of "a header name or a list of them"."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(
+        schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        name = {"type": "string", "pattern": HEADER_PATTERN, "maxLength": 64}
+        return {"anyOf": [name, {"type": "array", "items": name, "minItems": 1}]}
+
+
+Headers = Annotated[
+    list[str], BeforeValidator(_parse_headers), AfterValidator(_check_headers), _HeaderJson
 ]
 
 
@@ -129,8 +168,12 @@ class RoutingConfig(StrictModel):
     """Version of this file format."""
     default: Name = VANILLA
     """Policy of a request that names none."""
-    header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = DEFAULT_HEADER
-    """HTTP header with which a client picks a policy."""
+    header: Annotated[Headers, Field(json_schema_extra={"default": DEFAULT_HEADER})] = [
+        DEFAULT_HEADER
+    ]
+    """HTTP header with which a client picks a policy, or a list of such headers. Names start with
+    X- and have MoE between hyphens; X-SMG-Routing-Key may be used too. Responses carry the
+    first."""
     clients_may_choose: Choosable = "all"
     """Policies that clients may pick: 'all', or a list of names. The default is always allowed."""
     prefix_cache: Literal["isolated", "shared"] = "isolated"

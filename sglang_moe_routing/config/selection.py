@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ..errors import RoutingRequestError
 from .schema import DEFAULT_GROUP, NAME_PATTERN, RoutingConfig
 
 BODY_KEY = "moe_routing_policy"
-"""Key in `custom_params` of a request body."""
+"""Key of a request body, at its top level or in an object such as `custom_params`."""
 
 GROUP_KEY = "moe_routing_group"
-"""Key in `custom_params` of the isolation group. The server sets it; clients may not."""
+"""Key in `custom_params` that clients may not set: the server decides about groups."""
+
+BODY_DEPTH = 3
+"""Objects within objects of a body that may hold `BODY_KEY`; schemas of tools lie deeper."""
 
 
 def choose(
     config: RoutingConfig,
     *,
-    headers: Sequence[str] = (),
+    headers: Sequence[tuple[str, str]] = (),
     alias: str | None = None,
-    body: object = None,
+    body: Sequence[tuple[str, object]] = (),
 ) -> str:
     """Name of the policy that a request runs under.
 
@@ -29,32 +33,46 @@ def choose(
     than once, all must agree. A request that names none gets the config's default.
 
     Args:
-        headers: every value of the policy header.
+        headers: name and value of every policy header. A value may be a list of names, as
+            proxies make one of a header that came twice.
         alias: policy part of the model name.
-        body: value of `BODY_KEY` in the body's ``custom_params``, None if absent.
+        body: place and value of every `BODY_KEY` in the body.
 
     Raises:
         RoutingRequestError: malformed, unknown, not allowed, or contradictory.
     """
-    if len(headers) > 1:
+    asked: list[tuple[str, object]] = [
+        (f"header {name}", item.strip(" \t"))
+        for name, value in headers
+        for item in value.split(",")
+    ]
+    asked += [(f"body field {place}", name) for place, name in body if name is not None]
+    if alias is not None:
+        asked.append(("model alias", alias))
+    names = [_check(config, source, name) for source, name in asked]
+    if len(set(names)) > 1:
+        sources = dict.fromkeys(f"{source} says {name!r}" for source, name in asked)
         raise RoutingRequestError(
-            f"header {config.header} is given {len(headers)} times; send it once",
-            reason="repeated_header",
+            f"contradictory MoE routing policies: {', '.join(sources)}; name one",
+            reason="contradiction",
         )
-    sources = {
-        f"header {config.header}": headers[0].strip(" \t") if headers else None,
-        f"body field custom_params.{BODY_KEY}": body,
-        "model alias": alias,
-    }
-    asked = {source: name for source, name in sources.items() if name is not None}
-    for source, name in asked.items():
-        _check(config, source, name)
-    if len(set(asked.values())) > 1:
-        listed = ", ".join(f"{source} says {name!r}" for source, name in asked.items())
-        raise RoutingRequestError(
-            f"contradictory MoE routing policies: {listed}; name one", reason="contradiction"
-        )
-    return str(next(iter(asked.values()), config.default))
+    return names[0] if names else config.default
+
+
+def find_in_body(body: Mapping[str, Any], depth: int = BODY_DEPTH) -> Iterator[tuple[str, object]]:
+    """Place and value of every `BODY_KEY` among the objects of a request's body."""
+    for key, value in body.items():
+        if key == BODY_KEY:
+            yield key, value
+        elif depth and isinstance(value, dict):
+            for place, found in find_in_body(value, depth - 1):
+                yield f"{key}.{place}", found
+
+
+def bearer_key(authorization: str | None) -> str:
+    """The key of an ``Authorization: Bearer`` header, empty if there is none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return key if scheme.lower() == "bearer" else ""
 
 
 def choose_group(config: RoutingConfig, policy: str, authorization: str | None) -> str:
@@ -68,8 +86,8 @@ def choose_group(config: RoutingConfig, policy: str, authorization: str | None) 
         RoutingRequestError: the config lists API keys, and this is none of them.
     """
     isolation = config.isolation
-    scheme, _, key = (authorization or "").partition(" ")
-    if isolation.api_keys and scheme.lower() == "bearer":
+    key = bearer_key(authorization)
+    if isolation.api_keys and key:
         group = isolation.api_keys.get(hashlib.sha256(key.encode()).hexdigest())
         if group is not None:
             return group
@@ -86,18 +104,18 @@ def choose_group(config: RoutingConfig, policy: str, authorization: str | None) 
 def split_alias(config: RoutingConfig, model: str, served_model: str) -> tuple[str, str | None]:
     """Split ``model@policy`` into the model's own name and the policy.
 
-    The served model's own name is never split, nor is a name without a policy part; a suffix
-    that follows the served name (or one of its LoRA adapters) counts as a policy even if unknown.
+    The served model's own name is never split. After it (or one of its LoRA adapters) every suffix
+    counts as a policy; after other names, which SGLang serves too, one that could be a policy's
+    name: taken for a part of the model's, a mistyped choice would go unnoticed.
     """
     base, at, policy = model.rpartition("@")
     if model == served_model or not at:
         return model, None
-    if base == served_model or base.startswith(f"{served_model}:") or policy in config.names:
-        return base, policy
-    return model, None
+    is_served = base == served_model or base.startswith(f"{served_model}:")
+    return (base, policy) if is_served or re.fullmatch(NAME_PATTERN, policy) else (model, None)
 
 
-def _check(config: RoutingConfig, source: str, name: object) -> None:
+def _check(config: RoutingConfig, source: str, name: object) -> str:
     available = f"available: {', '.join(config.choosable)}"
     if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
         raise RoutingRequestError(
@@ -114,3 +132,4 @@ def _check(config: RoutingConfig, source: str, name: object) -> None:
             f"MoE routing policy {name!r} in {source} may not be chosen by clients; {available}",
             reason="not_allowed",
         )
+    return name

@@ -38,7 +38,6 @@ REASONS = (
     "contradiction",
     "malformed",
     "not_allowed",
-    "repeated_header",
     "reserved",
     "session",
     "unknown",

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import signal
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
-from ..errors import RoutingError
+from ..config import bearer_key, choose_group
+from ..errors import RoutingError, RoutingRequestError
 from . import metrics, reloading, runtime
 from .http_server import tokenizer_manager
 from .reloading import ERROR
 from .selecting import PolicyHeaderMiddleware
 from .statistics import KEY
+
+
+def refuse_strangers(request: Request) -> None:
+    """Who gets no answer from a model gets none about it: a listed API key, or the admin's."""
+    config, authorization = runtime.current().config, request.headers.get("authorization")
+    admin = get_serving().admin_api_key
+    if admin and secrets.compare_digest(bearer_key(authorization).encode(), admin.encode()):
+        return
+    try:
+        choose_group(config, config.default, authorization)
+    except RoutingRequestError as error:
+        metrics.count_rejection(error.reason)
+        raise HTTPException(status_code=error.status, detail=str(error)) from None
 
 
 async def list_policies() -> dict[str, Any]:
@@ -26,7 +41,8 @@ async def list_policies() -> dict[str, Any]:
     return {
         "object": "list",
         "default": config.default,
-        "header": config.header,
+        "header": config.header[0],
+        "headers": config.header,
         "config_sha256": state.loaded.sha256,
         "data": [
             {
@@ -106,11 +122,14 @@ class StartMiddleware:
 
 def add_routes(app: FastAPI) -> None:
     """Add routes and the response header. Called once, before the app starts."""
-    for path, method, endpoint in (
-        ("/v1/moe_routing/policies", "GET", list_policies),
-        ("/v1/moe_routing/statistics", "GET", read_statistics),
-        ("/moe_routing/reload", "POST", reload_config),
+    listed = [Depends(refuse_strangers)]
+    for path, method, endpoint, dependencies in (
+        ("/v1/moe_routing/policies", "GET", list_policies, listed),
+        ("/v1/moe_routing/statistics", "GET", read_statistics, listed),
+        ("/moe_routing/reload", "POST", reload_config, []),
     ):  # not through an APIRouter: SGLang finds the auth level of the app's own routes only
-        app.add_api_route(path, endpoint, methods=[method], tags=["moe routing"])
+        app.add_api_route(
+            path, endpoint, methods=[method], dependencies=dependencies, tags=["moe routing"]
+        )
     app.add_middleware(StartMiddleware)
     app.add_middleware(PolicyHeaderMiddleware)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import HTTPException
+from starlette.datastructures import Headers
 
 from ..config import (
     BODY_KEY,
@@ -14,11 +15,13 @@ from ..config import (
     GROUP_KEY,
     choose,
     choose_group,
+    find_in_body,
     split_alias,
 )
 from ..errors import RoutingRequestError
 from ..policies import Vanilla
 from . import http_server, metrics, runtime
+from .transport import Choice
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -29,12 +32,16 @@ SCOPE_KEY = "sglang_moe_routing"
 class Selection:
     """What one HTTP request asked for and got; travels in the ASGI scope."""
 
+    body: dict[str, Any] = field(default_factory=dict)
     alias: str | None = None
     applied: list[str] = field(default_factory=list)
 
 
 class PolicyHeaderMiddleware:
-    """Pure ASGI middleware: the response says which policy was applied, streams included."""
+    """Pure ASGI middleware: the response says which policy was applied, streams included.
+
+    It lets the scripts of other origins read that header, as SGLang lets them call every route.
+    """
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -44,23 +51,20 @@ class PolicyHeaderMiddleware:
             await self._app(scope, receive, send)
             return
         selection = scope[SCOPE_KEY] = Selection()
-        header = runtime.current().config.header.lower().encode()
+        header = runtime.current().config.header[0].lower().encode()
 
         async def send_with_header(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start" and selection.applied:
+            is_start = message["type"] == "http.response.start"
+            if is_start and selection.applied and message["status"] < 400:
                 applied = ", ".join(dict.fromkeys(selection.applied))
-                message["headers"] = [*message.get("headers", []), (header, applied.encode())]
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (header, applied.encode()),
+                    (b"access-control-expose-headers", header),
+                ]
             await send(message)
 
         await self._app(scope, receive, send_with_header)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Names of the policy and the isolation group of one item of a request."""
-
-    policy: str
-    group: str
 
 
 def select(sampling_params: Any, request: Any) -> list[Choice]:
@@ -84,13 +88,17 @@ def select(sampling_params: Any, request: Any) -> list[Choice]:
 
 
 def _choose(sampling_params: Any, request: Any) -> Choice:
-    config = runtime.current().config
+    config, selection = runtime.current().config, _selection(request)
     custom = _custom_params(sampling_params)
+    headers = request.headers if request is not None else Headers()
     policy = choose(
         config,
-        headers=request.headers.getlist(config.header) if request is not None else [],
-        alias=_selection(request).alias,
-        body=custom.get(BODY_KEY),
+        headers=[(name, value) for name in config.header for value in headers.getlist(name)],
+        alias=selection.alias,
+        body=[
+            (f"custom_params.{BODY_KEY}", custom.get(BODY_KEY)),
+            *find_in_body(selection.body),
+        ],
     )
     _refuse_beam_search(sampling_params, policy)
     if _needs_key(request):
@@ -98,10 +106,11 @@ def _choose(sampling_params: Any, request: Any) -> Choice:
         group = choose_group(config, policy, authorization)
     else:
         group = config.isolation.policies.get(policy, DEFAULT_GROUP)
-    if custom.get(GROUP_KEY, group) != group:
-        raise RoutingRequestError(
-            f"custom_params.{GROUP_KEY} is set by the server; leave it out", reason="reserved"
-        )
+    for given in (custom, _custom_params(selection.body)):
+        if given.get(GROUP_KEY, group) != group:
+            raise RoutingRequestError(
+                f"custom_params.{GROUP_KEY} is set by the server; leave it out", reason="reserved"
+            )
     return Choice(policy, group)
 
 
@@ -124,6 +133,17 @@ def select_early(sampling_params: Any, request: Any) -> None:
 def forget_selection(request: Any) -> None:
     """Say nothing in the response header: the request generates nothing."""
     _selection(request).applied = []
+
+
+def note_body(request: Any, body: Any) -> None:
+    """Remember the body of a request: SGLang's own models of it drop what they do not know."""
+    _selection(request).body = dict(body) if isinstance(body, Mapping) else {}
+
+
+def take_alias_of_body(served_model: str, request: Any) -> None:
+    """Remember the policy of a ``model`` field that the endpoint itself does not read."""
+    model = _selection(request).body.get("model")
+    take_alias(model if isinstance(model, str) else None, served_model, request)
 
 
 def take_alias(model: str | None, served_model: str, request: Any) -> str | None:

@@ -140,5 +140,5 @@ class _running:  # noqa: N801  # used as a context manager function
 @pytest.fixture(scope="session")
 def served(start: Callable[..., Any], config: Path) -> Iterator[Running]:
     """The server that most tests share."""
-    with start(config) as running:
+    with start(config, "--enable-custom-logit-processor") as running:
         yield running

@@ -18,6 +18,7 @@ from tests.recorded import check_call
 
 from .conftest import HEADER, Running
 
+ADMIN_KEY = "admin-key"
 KEYS = {"alice-key": "alice", "bob-key": "bob"}
 OEA = {"kind": "oea", "k0": 2, "p": 1.0, "k_max": None, "max_rank": None}
 POLICIES = {"fast": OEA, "vanilla": {"kind": "vanilla"}}
@@ -34,7 +35,7 @@ def isolated(
     path.write_text(
         "version: 1\npolicies: {fast: {kind: oea, k0: 2}}\nisolation:\n  api_keys:\n" + keys
     )
-    with start(path) as running:
+    with start(path, "--admin-api-key", ADMIN_KEY) as running:
         yield running
 
 
@@ -84,7 +85,8 @@ def test_rows_ride_on_their_own_group(isolated: Running) -> None:
 
 def test_statistics_are_those_of_all_rows_together(isolated: Running) -> None:
     def read() -> dict[str, Any]:
-        (data,) = isolated.http.get("/v1/moe_routing/statistics").json()["data"]
+        key = headers("bob-key")
+        (data,) = isolated.http.get("/v1/moe_routing/statistics", headers=key).json()["data"]
         return dict(data)
 
     before = read()["layers"]
@@ -119,6 +121,17 @@ def test_client_cannot_name_its_group(isolated: Running) -> None:
         answer = isolated.http.post("/generate", json=sent, headers=headers("alice-key"))
         assert answer.status_code == 400, answer.text
         assert "set by the server" in answer.text
+
+
+@pytest.mark.parametrize("path", ["policies", "statistics"])
+def test_what_the_server_says_of_itself_needs_a_key(isolated: Running, path: str) -> None:
+    def ask(**given: str) -> int:
+        return isolated.http.get(f"/v1/moe_routing/{path}", headers=given).status_code
+
+    assert ask() == 401
+    assert ask(Authorization="Bearer other") == 401
+    assert ask(Authorization="Bearer alice-key") == 200
+    assert ask(Authorization=f"Bearer {ADMIN_KEY}") == 200
 
 
 def test_health_needs_no_key(isolated: Running) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+from tests.endpoints import GENERATES as ENDPOINTS
+from tests.endpoints import MESSAGES, OTHER_MODELS
 
 from .conftest import HEADER, Running
 
 AVAILABLE = "vanilla, oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3"
-MESSAGES = [{"role": "user", "content": "In the beginning"}]
 
 
 @pytest.fixture
@@ -125,17 +128,6 @@ def test_parallel_samples_of_generate_keep_the_policy(served: Running) -> None:
     assert applied == ["sere-s2"] * 6
 
 
-ENDPOINTS = {
-    "/generate": {"text": "The", "sampling_params": {"max_new_tokens": 2}},
-    "/v1/completions": {"model": "demo", "prompt": "The", "max_tokens": 2},
-    "/v1/chat/completions": {"model": "demo", "messages": MESSAGES, "max_tokens": 2},
-    "/v1/responses": {"model": "demo", "input": "The", "max_output_tokens": 2},
-    "/v1/messages": {"model": "demo", "messages": MESSAGES, "max_tokens": 2},
-    "/api/generate": {"model": "demo", "prompt": "The", "options": {"num_predict": 2}},
-    "/api/chat": {"model": "demo", "messages": MESSAGES, "options": {"num_predict": 2}},
-}
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_endpoint_answers_with_the_applied_policy(
@@ -198,12 +190,150 @@ def test_contradiction_is_a_400_that_names_both(served: Running) -> None:
     assert "says 'vanilla'" in response.json()["message"]
 
 
-def test_header_given_twice_is_a_400(served: Running) -> None:
-    headers = [(HEADER, "oea-k3"), (HEADER, "oea-k3")]
-    body = ENDPOINTS["/v1/completions"]
-    response = served.http.post("/v1/completions", json=body, headers=headers)
+WAYS: dict[str, Any] = {
+    "field": lambda name: {"moe_routing_policy": name},
+    "custom_params": body_policy,
+    "alias": lambda name: {"model": f"demo@{name}"},
+    "alias of a mistyped model": lambda name: {"model": f"Demo@{name}"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_every_endpoint_honours_every_way_in_its_body(served: Running, path: str, way: str) -> None:
+    def send(name: str) -> httpx.Response:
+        return served.http.post(path, json={**ENDPOINTS[path], **WAYS[way](name)})
+
+    response = send("oea-k3")
+    assert (response.status_code, response.headers.get(HEADER)) == (200, "oea-k3"), response.text
+    response = send("no-such")
+    assert (response.status_code, response.headers.get(HEADER)) == (400, None), response.text
+    assert "unknown MoE routing policy 'no-such'" in response.text
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("path", OTHER_MODELS)
+def test_endpoints_for_other_models_refuse_an_unknown_policy(
+    served: Running, path: str, way: str
+) -> None:
+    response = served.http.post(path, json={**OTHER_MODELS[path], **WAYS[way]("no-such")})
+    assert response.status_code == 400, response.text
+    is_strict = path == "/v1/decisions" and "alias" not in way  # knows its fields only
+    assert ("Extra inputs" if is_strict else "policy 'no-such'") in response.text
+
+
+def test_header_given_twice_counts_once_if_both_agree(served: Running) -> None:
+    def send(*names: str) -> httpx.Response:
+        headers = [(HEADER, name) for name in names]
+        return served.http.post(
+            "/v1/completions", json=ENDPOINTS["/v1/completions"], headers=headers
+        )
+
+    assert send("oea-k3", "oea-k3").headers[HEADER] == "oea-k3"
+    response = send("oea-k3", "vanilla")
     assert response.status_code == 400
-    assert "2 times" in response.json()["message"]
+    assert "says 'oea-k3', header" in response.json()["message"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions"])
+def test_error_after_the_choice_says_no_policy(served: Running, path: str) -> None:
+    too_long = {"text": "a " * 9000, "prompt": "a " * 9000}
+    content = {"messages": [{"role": "user", "content": "a " * 9000}]}
+    body = {**ENDPOINTS[path], **(content if "chat" in path else too_long)}
+    response = served.http.post(path, json=body, headers={HEADER: "oea-k3"})
+    assert response.status_code == 400, response.text
+    assert "context length" in response.text
+    assert HEADER not in response.headers
+
+
+def test_scripts_of_other_origins_may_read_the_header(served: Running) -> None:
+    response = served.http.post(
+        "/v1/completions",
+        json=ENDPOINTS["/v1/completions"],
+        headers={HEADER: "oea-k3", "Origin": "https://app.example"},
+    )
+    assert response.headers["Access-Control-Allow-Origin"] in ("*", "https://app.example")
+    exposed = response.headers["Access-Control-Expose-Headers"].lower()
+    assert HEADER.lower() in exposed.split(", ")
+
+
+@pytest.mark.parametrize("usage", [False, True], ids=["plain", "usage"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_last_event_of_a_stream_says_the_policy(served: Running, path: str, usage: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    body = {**ENDPOINTS[path], **options, "stream": True, "n": 2}
+    response = served.http.post(path, json=body, headers={HEADER: "oea-k3"})
+    found = events(response)
+    assert response.text.rstrip().endswith("data: [DONE]")
+    said = [event for event in found if "sglext" in event]
+    assert all(event["sglext"] == {"moe_routing_policy": "oea-k3"} for event in said)
+    assert found[-1] in said
+    ended = [choice["index"] for event in said for choice in event["choices"]]
+    assert sorted(ended) == [0, 1]
+    assert len(found) > len(said)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_whole_answer_says_the_policy_where_sglang_extends_it(served: Running, path: str) -> None:
+    answer = served.http.post(path, json={**ENDPOINTS[path], "model": "demo@oea-k3"}).json()
+    assert answer["sglext"] == {"moe_routing_policy": "oea-k3"}
+    assert answer["metadata"].pop("moe_routing_policy") == "oea-k3"
+    assert set(answer["metadata"]) == {"weight_version", "weight_versions"}  # SGLang's own
+
+
+def test_strict_client_reads_whole_chats_and_streams(served: Running) -> None:
+    strict = openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key="none", _strict_response_validation=True
+    )
+    asked: Any = {"model": "demo@oea-k3", "messages": MESSAGES, "max_tokens": 2}
+    whole = strict.chat.completions.create(**asked)
+    assert whole.model_extra["sglext"]["moe_routing_policy"] == "oea-k3"
+    *_, last = strict.chat.completions.create(**asked, stream=True)
+    assert last.model_extra["sglext"]["moe_routing_policy"] == "oea-k3"
+
+
+class Exact(CustomLogitProcessor):
+    """Forces a token, and ends the engine's scheduler if it is given more than the token."""
+
+    def __call__(self, logits: Any, custom_param_list: Any = None) -> Any:
+        for row, params in enumerate(custom_param_list):
+            assert set(params) == {"token_id", "__req__"}, params
+            logits[row] = -1e9
+            logits[row, params["token_id"]] = 0
+        return logits
+
+
+class Nothing(CustomLogitProcessor):
+    """The same for requests without parameters."""
+
+    def __call__(self, logits: Any, custom_param_list: Any = None) -> Any:
+        assert custom_param_list == [None] * len(logits), custom_param_list
+        return logits
+
+
+for _processor in (Exact, Nothing):
+    _processor.__module__ = "__main__"  # sent by value: the scheduler cannot import tests
+
+
+def test_logit_processors_get_what_the_client_sent(served: Running) -> None:
+    def send(processor: type[CustomLogitProcessor], **params: Any) -> list[list[int]]:
+        sampling = {"max_new_tokens": 3, "n": 2, "ignore_eos": True, **params}
+        answer = served.http.post(
+            "/generate",
+            json={
+                "text": ["The", "And"],
+                "sampling_params": sampling,
+                "custom_logit_processor": processor.to_str(),
+            },
+            headers={HEADER: "oea-k3"},
+        )
+        assert answer.status_code == 200, answer.text
+        assert answer.headers[HEADER] == "oea-k3"
+        return [item["output_ids"] for item in answer.json()]
+
+    assert send(Exact, custom_params={"token_id": 7}) == [[7, 7, 7]] * 4
+    assert len(send(Nothing)) == 4
+    assert served.http.get("/health_generate").status_code == 200
 
 
 def test_error_has_sglangs_own_shape(served: Running) -> None:

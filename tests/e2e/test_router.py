@@ -54,9 +54,9 @@ def route(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 def workers(
     start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Running]]:
-    """Two workers whose policy header is one that the router forwards."""
+    """Two workers with a policy header that the router forwards, and the usual one."""
     config = tmp_path_factory.mktemp("config") / "routing.yaml"
-    config.write_text(f"{CONFIG}header: {FORWARDED}\n")
+    config.write_text(f"{CONFIG}header: [{FORWARDED}, {HEADER}]\n")
     with start(config) as first, start(config) as second:
         yield [first, second]
 
@@ -101,6 +101,18 @@ def test_the_policy_passes_through_and_its_name_comes_back(
 
     first, second = record_both(workers, send)
     assert {name for call in first + second for name in call["rows"]} == {"oea-k3"}
+
+
+def test_either_header_counts_on_a_worker_and_the_first_is_said(workers: list[Running]) -> None:
+    def ask(**headers: str) -> httpx.Response:
+        body = ENDPOINTS["/v1/completions"]
+        return workers[0].http.post("/v1/completions", json=body, headers=headers)
+
+    for headers in ({HEADER: "oea-k3"}, {HEADER: "oea-k3", FORWARDED: "oea-k3"}):
+        response = ask(**headers)
+        assert response.headers[FORWARDED] == "oea-k3"
+        assert HEADER not in response.headers
+    assert ask(**{HEADER: "oea-k3", FORWARDED: "vanilla"}).status_code == 400
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

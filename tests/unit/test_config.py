@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sglang_moe_routing.config import LoadedConfig, bundled_config, json_schema, load_config
+from sglang_moe_routing.config import (
+    DEFAULT_HEADER,
+    LoadedConfig,
+    bundled_config,
+    json_schema,
+    load_config,
+)
 from sglang_moe_routing.errors import ConfigError
 from sglang_moe_routing.policies import OEA, SERE, Vanilla, builtin_registry
 
@@ -174,7 +180,16 @@ PROBLEMS = {
     "policies: {vanilla: {kind: oea, k0: 3}}": "the name 'vanilla' is reserved",
     "default: fast": "routing.yaml:2: default: 'fast' is not a policy; known: vanilla",
     "clients_may_choose: [fast]": "clients_may_choose: 'fast' is not a policy",
-    "header: 'X Y'": "routing.yaml:2: header: ",
+    "header: 'X Y'": "routing.yaml:2: header: 'X Y' may belong to HTTP, a proxy or SGLang",
+    "header: Content-Length": "header: 'Content-Length' may belong to HTTP",
+    "header: Authorization": "header: 'Authorization' may belong to HTTP",
+    "header: X-Request-Id": "header: 'X-Request-Id' may belong to HTTP",
+    "header: X-Forwarded-For": "header: 'X-Forwarded-For' may belong to HTTP",
+    "header: X-Override-Priority": "header: 'X-Override-Priority' may belong to HTTP",
+    "header: [X-MoE-Routing-Policy, Host]": "header: 'Host' may belong to HTTP",
+    "header: [X-MoE, x-moe]": "header: expected one or more names, each once",
+    "header: []": "header: expected one or more names",
+    "header: 3": "header: Input should be a valid list, got 3",
     "prefix_cache: none": "prefix_cache: Input should be 'isolated' or 'shared', got 'none'",
     "statistics: 1": "statistics: Input should be a valid boolean, got 1",
     SERE_POLICY: "policies.s.similarity: name one of the similarity artifacts; known: none",
@@ -303,3 +318,21 @@ def test_schema_describes_every_key() -> None:
     for name in ("Budget", "OEA", "SERE", "TopK", "Engagement"):
         for key, field in schema["$defs"][name]["properties"].items():
             assert key == "kind" or field.get("description"), f"{name}.{key} is not described"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", [DEFAULT_HEADER]),
+        ("header: x-moe", ["x-moe"]),
+        ("header: X-Request-Id-MoE-Routing-Policy", ["X-Request-Id-MoE-Routing-Policy"]),
+        (
+            "header: [X-SGL-MoE-Policy, X-SMG-Routing-Key]",
+            ["X-SGL-MoE-Policy", "X-SMG-Routing-Key"],
+        ),
+    ],
+)
+def test_header_is_a_name_or_a_list_of_names(tmp_path: Path, text: str, names: list[str]) -> None:
+    path = tmp_path / "routing.yaml"
+    path.write_text(f"version: 1\n{text}\n")
+    assert load_config(path).config.header == names

@@ -7,10 +7,21 @@ from typing import Any
 
 import pytest
 
-from sglang_moe_routing.config import RoutingConfig, choose, choose_group, model_for, split_alias
+from sglang_moe_routing.config import (
+    DEFAULT_HEADER as HEADER,
+)
+from sglang_moe_routing.config import (
+    RoutingConfig,
+    choose,
+    choose_group,
+    find_in_body,
+    model_for,
+    split_alias,
+)
 from sglang_moe_routing.errors import RoutingRequestError
 from sglang_moe_routing.policies import builtin_registry
 
+SCHEMA = {"moe_routing_policy": {"type": "string"}}
 CONFIG = model_for(builtin_registry()).model_validate(
     {
         "version": 1,
@@ -29,12 +40,16 @@ CONFIG = model_for(builtin_registry()).model_validate(
     ("given", "expected"),
     [
         ({}, "base"),
-        ({"headers": ["fast"]}, "fast"),
-        ({"headers": [" fast "]}, "fast"),
-        ({"headers": ["base"]}, "base"),
-        ({"body": "vanilla"}, "vanilla"),
+        ({"headers": [(HEADER, "fast")]}, "fast"),
+        ({"headers": [(HEADER, " fast ")]}, "fast"),
+        ({"headers": [(HEADER, "base")]}, "base"),
+        ({"headers": [(HEADER, "fast"), (HEADER, "fast")]}, "fast"),
+        ({"headers": [(HEADER, "fast, fast")]}, "fast"),
+        ({"headers": [(HEADER, "fast"), ("X-Other-MoE", "fast")]}, "fast"),
+        ({"body": [("custom_params", "vanilla")]}, "vanilla"),
+        ({"body": [("a", "fast"), ("b", "fast"), ("c", None)]}, "fast"),
         ({"alias": "fast"}, "fast"),
-        ({"headers": ["fast"], "body": "fast", "alias": "fast"}, "fast"),
+        ({"headers": [(HEADER, "fast")], "body": [("a", "fast")], "alias": "fast"}, "fast"),
     ],
 )
 def test_choice(given: dict[str, Any], expected: str) -> None:
@@ -44,23 +59,35 @@ def test_choice(given: dict[str, Any], expected: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"headers": ["nope"]}, "unknown MoE routing policy 'nope' in header X-MoE-Routing-Policy"),
-        ({"headers": ["private"]}, "'private' in header .* may not be chosen by clients"),
-        ({"headers": ["fast", "fast"]}, "given 2 times"),
-        ({"headers": [""]}, "malformed .* '' in header"),
-        ({"headers": ["fast,base"]}, "malformed"),
-        ({"headers": ["x" * 65]}, "malformed"),
-        ({"body": 3}, "malformed MoE routing policy 3 in body field custom_params"),
-        ({"body": ""}, "malformed"),
+        (
+            {"headers": [(HEADER, "nope")]},
+            "unknown MoE routing policy 'nope' in header X-MoE-Routing-Policy",
+        ),
+        ({"headers": [(HEADER, "private")]}, "'private' in header .* may not be chosen by clients"),
+        ({"headers": [(HEADER, "fast"), (HEADER, "fats")]}, "unknown MoE routing policy 'fats'"),
+        ({"headers": [(HEADER, "")]}, "malformed .* '' in header"),
+        ({"headers": [(HEADER, "fast,")]}, "malformed .* '' in header"),
+        ({"headers": [(HEADER, "x" * 65)]}, "malformed"),
+        ({"body": [("a.b", 3)]}, "malformed MoE routing policy 3 in body field a.b"),
+        ({"body": [("a", "")]}, "malformed"),
+        ({"body": [("a", {"fast": 1})]}, "malformed"),
         ({"alias": ""}, "malformed .* in model alias"),
-        ({"headers": ["fast"], "body": "vanilla"}, "header .* says 'fast', body .* 'vanilla'"),
-        ({"alias": "fast", "body": "vanilla"}, "contradictory"),
+        (
+            {"headers": [(HEADER, "fast"), ("X-Other-MoE", "base")]},
+            "header X-MoE-Routing-Policy says 'fast', header X-Other-MoE says 'base'",
+        ),
+        ({"headers": [(HEADER, "fast,base")]}, "header .* says 'fast', header .* says 'base'"),
+        (
+            {"headers": [(HEADER, "fast")], "body": [("a", "vanilla")]},
+            "header .* says 'fast', body .* 'vanilla'",
+        ),
+        ({"alias": "fast", "body": [("a", "vanilla")]}, "contradictory"),
     ],
 )
 def test_refusal(given: dict[str, Any], message: str) -> None:
     with pytest.raises(RoutingRequestError, match=message) as caught:
         choose(CONFIG, **given)
-    if "given 2" not in message and "says" not in message and "contra" not in message:
+    if "says" not in message and "contra" not in message:
         assert str(caught.value).endswith("available: vanilla, base, fast")
 
 
@@ -72,7 +99,9 @@ def test_refusal(given: dict[str, Any], message: str) -> None:
         ("llm@nope", ("llm", "nope")),
         ("llm:adapter@fast", ("llm:adapter", "fast")),
         ("other@fast", ("other", "fast")),
-        ("other@nope", ("other@nope", None)),
+        ("other@nope", ("other", "nope")),  # SGLang serves any name: this one was mistyped
+        ("LLM@fast", ("LLM", "fast")),
+        ("LLM@typo", ("LLM", "typo")),
         ("llm@", ("llm", "")),
         ("s3://bucket@eu/model", ("s3://bucket@eu/model", None)),
     ],
@@ -84,6 +113,30 @@ def test_alias(model: str, expected: tuple[str, str | None]) -> None:
 def test_served_name_with_an_at_sign_is_not_split() -> None:
     assert split_alias(CONFIG, "llm@fast", "llm@fast") == ("llm@fast", None)
     assert split_alias(CONFIG, "llm@fast@base", "llm@fast") == ("llm@fast", "base")
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({}, []),
+        ({"moe_routing_policy": "a"}, [("moe_routing_policy", "a")]),
+        (
+            {"moe_routing_policy": "a", "custom_params": {"moe_routing_policy": 3}},
+            [("moe_routing_policy", "a"), ("custom_params.moe_routing_policy", 3)],
+        ),
+        (
+            {"parameters": {"sampling_params": {"custom_params": {"moe_routing_policy": "a"}}}},
+            [("parameters.sampling_params.custom_params.moe_routing_policy", "a")],
+        ),
+        ({"messages": [{"moe_routing_policy": "a"}]}, []),
+        ({"response_format": {"json_schema": {"schema": {"properties": SCHEMA}}}}, []),
+    ],
+)
+def test_a_policy_is_found_in_every_object_of_a_body(
+    body: dict[str, Any], expected: list[tuple[str, Any]]
+) -> None:
+    """Not in what the model is to read or to write: messages and schemas."""
+    assert list(find_in_body(body)) == expected
 
 
 def isolated(**isolation: Any) -> RoutingConfig:

@@ -35,7 +35,7 @@ HOOKS: tuple[Hook, ...] = (
     generate.GENERATE,
     generate.REPORT,
     *endpoints.HOOKS,
-    response.HOOK,
+    *response.HOOKS,
     server.LAUNCH_SERVER,
     server.LAUNCH,
 )

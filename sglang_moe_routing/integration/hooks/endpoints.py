@@ -1,5 +1,7 @@
 """Before the handlers of every endpoint: model aliases, and errors as plain HTTP 400.
 
+Around the parsing of bodies: what they say of the policy, on every endpoint alike.
+
 Some handlers start a streaming response before `generate_request` is called, where an error
 could only become an event of a stream with status 200; others turn it into a 500. Deciding here
 lets SGLang's own handler of `HTTPException` answer in the shape of each endpoint.
@@ -7,10 +9,31 @@ lets SGLang's own handler of `HTTPException` answer in the shape of each endpoin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from .. import http_server
 from ..hooking import Hook
-from ..selecting import forget_selection, select_early, take_alias
+from ..selecting import (
+    forget_selection,
+    note_body,
+    select_early,
+    take_alias,
+    take_alias_of_body,
+)
+
+
+async def around_json(original: Callable[..., Any], self: Any) -> Any:
+    body = await original(self)
+    note_body(self, body)
+    return body
+
+
+async def around_form(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``/v1/audio/transcriptions`` has no JSON."""
+    raw_request = kwargs["raw_request"]
+    note_body(raw_request, await raw_request.form())
+    return await original(*args, **kwargs)
 
 
 def before_handler(self: Any, request: Any, raw_request: Any = None) -> None:
@@ -18,10 +41,10 @@ def before_handler(self: Any, request: Any, raw_request: Any = None) -> None:
     if raw_request is None:
         return
     served_model = self.tokenizer_manager.served_model_name
-    model = getattr(request, "model", None)
-    base = take_alias(model, served_model, raw_request)
-    if base != model:
-        request.model = base
+    if hasattr(request, "model"):
+        request.model = take_alias(request.model, served_model, raw_request)
+    else:
+        take_alias_of_body(served_model, raw_request)
     select_early({"custom_params": getattr(request, "custom_params", None)}, raw_request)
     if not hasattr(request, "stream"):  # embeddings, tokenize and the like generate nothing
         forget_selection(raw_request)
@@ -32,13 +55,41 @@ def before_anthropic(self: Any, request: Any, raw_request: Any) -> None:
 
 
 def before_generate(obj: Any, request: Any) -> None:
-    """``/generate``."""
+    """``/generate`` and ``/vertex_generate``."""
+    take_alias_of_body(http_server.tokenizer_manager().served_model_name, request)
     select_early(obj.sampling_params, request)
 
 
 _HANDLER = ("self", "request", "raw_request")
 
 HOOKS = (
+    Hook(
+        target="sglang.srt.entrypoints.http_server.ORJSONRequest.json",
+        parameters=("self",),
+        kind="around",
+        function=around_json,
+        main_only=True,
+    ),
+    Hook(
+        target=(
+            "sglang.srt.entrypoints.openai.serving_transcription."
+            "OpenAIServingTranscription.create_transcription"
+        ),
+        parameters=(
+            "self",
+            "audio_data",
+            "model",
+            "language",
+            "response_format",
+            "temperature",
+            "stream",
+            "raw_request",
+            "timestamp_granularities",
+        ),
+        kind="around",
+        function=around_form,
+        main_only=True,
+    ),
     Hook(
         target="sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
         parameters=_HANDLER,

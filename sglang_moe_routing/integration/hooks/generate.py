@@ -1,8 +1,8 @@
 """Before ``TokenizerManager.generate_request``, after ``_wait_one_response``.
 
 `generate_request` is the choke point of every endpoint and of the offline `Engine`: each request
-is given the policy that header, body, alias or default name, in ``custom_params``, which travels
-to the scheduler. `_wait_one_response` yields the results of one single request, whose
+is given the policy that header, body, alias or default name, packed into ``custom_params``, which
+travel to the scheduler. `_wait_one_response` yields the results of one single request, whose
 ``meta_info`` says which policy was applied.
 """
 
@@ -14,12 +14,11 @@ from typing import Any
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import GenerateReqInput
 
-from ...config import BODY_KEY, DEFAULT_GROUP, GROUP_KEY
+from ...config import BODY_KEY
 from .. import http_server, metrics, runtime
 from ..hooking import Hook
-from ..selecting import Choice, forget_selection, select
-
-OWN_KEYS = (BODY_KEY, GROUP_KEY)
+from ..selecting import forget_selection, select
+from ..transport import Choice, pack, packed_policy, without_choice
 
 
 def before(self: Any, obj: Any, request: Any = None) -> None:
@@ -30,7 +29,8 @@ def before(self: Any, obj: Any, request: Any = None) -> None:
     choices = select(obj.sampling_params, request)
     given = obj.sampling_params
     items = given if isinstance(given, list) else [given]
-    marked = [_mark(item, choice) for item, choice in zip(items, choices, strict=True)]
+    usual = self.preferred_sampling_params or {}
+    marked = [_mark(item, usual, choice) for item, choice in zip(items, choices, strict=True)]
     obj.sampling_params = marked if isinstance(given, list) else marked[0]
     if http_server.is_there() and http_server.is_own_warm_up(request):
         return  # no client sent it
@@ -58,25 +58,27 @@ def _unmark(obj: Any) -> None:
     for item in given if isinstance(given, list) else [given]:
         custom = item.get("custom_params") if isinstance(item, dict) else None
         if isinstance(custom, dict):
-            item["custom_params"] = {k: v for k, v in custom.items() if k not in OWN_KEYS}
+            item["custom_params"] = without_choice(custom)
 
 
-def _mark(sampling_params: dict[str, Any] | None, choice: Choice) -> dict[str, Any]:
-    """Always say the policy, the default too: a reload may change it while the request travels."""
+def _mark(
+    sampling_params: dict[str, Any] | None, usual: dict[str, Any], choice: Choice
+) -> dict[str, Any]:
+    """Always say the policy, the default too: a reload may change it while the request travels.
+
+    Args:
+        usual: the server's own sampling params, which a request that has the key overrides.
+    """
     params = dict(sampling_params or {})
-    own = {BODY_KEY: choice.policy}
-    if choice.group != DEFAULT_GROUP:
-        own[GROUP_KEY] = choice.group
-    params["custom_params"] = {**(params.get("custom_params") or {}), **own}
+    given = params.get("custom_params", usual.get("custom_params"))
+    params["custom_params"] = pack(given, choice)
     return params
 
 
 async def report(
     responses: AsyncIterator[Any], self: Any, obj: Any, request: Any = None
 ) -> AsyncIterator[Any]:
-    params = getattr(obj, "sampling_params", None)
-    custom = params.get("custom_params") if isinstance(params, dict) else None
-    name = (custom or {}).get(BODY_KEY, runtime.current().config.default)
+    name = packed_policy(getattr(obj, "sampling_params", None)) or runtime.current().config.default
     async for response in responses:
         if isinstance(obj, GenerateReqInput):
             response["meta_info"][BODY_KEY] = name

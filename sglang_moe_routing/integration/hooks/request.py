@@ -1,33 +1,53 @@
-"""After ``Req.__init__``: a request in the scheduler gets its policy id and KV cache namespace.
+"""Around ``Req.__init__``: a request in the scheduler gets its policy id and KV cache namespace.
 
 Why here: every way into the scheduler makes a `Req`, on every TP rank alike. The policy arrives
-in `SamplingParams.custom_params`, the one carrier that survives batches, n > 1, IPC and
-retraction. It is checked again, should a front end without our hooks have let it through.
+in `SamplingParams.custom_params`, which are the client's again before SGLang sees them. It is
+checked again, should a front end without our hooks have let it through.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
-from ...config import BODY_KEY, DEFAULT_GROUP, GROUP_KEY
+from ...config import BODY_KEY
 from ...errors import RoutingRequestError
 from .. import runtime
 from ..definitions import CACHE_PREFIX, VANILLA_ID
 from ..hooking import Hook
+from ..transport import Choice, unpack
 from .forward_batch import DEFAULT_GROUP_ID, GROUP_ID, POLICY_ID
 
 _SESSION = "_sglang_moe_routing_choice"
 
 
-def after(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
+def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    given = dict(zip(HOOK.parameters[1:], args, strict=False)) | kwargs
+    params, choice = _take_choice(given["sampling_params"])
+    original(self, **given | {"sampling_params": params})
+    _apply(self, choice)
+
+
+def _take_choice(sampling_params: Any) -> tuple[Any, Choice]:
+    """On a copy: items of a batch may share the object, and a session asks for it again."""
+    custom = sampling_params.custom_params
+    client, choice = unpack(custom)
+    if choice is None:
+        named = custom.get(BODY_KEY) if isinstance(custom, dict) else None
+        return sampling_params, Choice(runtime.current().config.default if named is None else named)
+    params = copy.copy(sampling_params)
+    params.custom_params = client
+    return params, choice
+
+
+def _apply(self: Any, choice: Choice) -> None:
     state = runtime.current()
-    custom = self.sampling_params.custom_params
-    custom = custom if isinstance(custom, dict) else {}
     setattr(self, POLICY_ID, VANILLA_ID)
     setattr(self, GROUP_ID, DEFAULT_GROUP_ID)
     try:
-        policy_id = _policy_id(state, custom.get(BODY_KEY))
-        group = _group(state, custom.get(GROUP_KEY, DEFAULT_GROUP))
+        policy_id = _policy_id(state, choice.policy)
+        group = _group(state, choice.group)
         _check_session(self, (policy_id, group))
     except RoutingRequestError as error:
         state.rejections[error.reason] += 1
@@ -51,8 +71,6 @@ def _namespace(cache_key: str, group: str, given: str | None) -> str | None:
 
 
 def _policy_id(state: runtime.Runtime, name: object) -> int:
-    if name is None:
-        name = state.config.default
     if not isinstance(name, str) or name not in state.ids.of_name:
         known = ", ".join(state.config.names)
         raise RoutingRequestError(
@@ -132,6 +150,6 @@ HOOK = Hook(
         "session_id",
         "cache_salt",
     ),
-    kind="after",
-    function=after,
+    kind="around",
+    function=around,
 )
