@@ -29,6 +29,7 @@ from sglang_moe_routing.policies import (
     OEA,
     Budget,
     Engagement,
+    FreeSlots,
     Policy,
     Router,
     TopK,
@@ -81,12 +82,14 @@ def refine_arguments(device: str) -> tuple[Any, ...]:
         1,
         True,
         1.0,
+        int(FreeSlots.IGNORED),
     )
 
 
 def fused_arguments(device: str) -> tuple[Any, ...]:
     given, table = inputs(device), make_table(device)
-    return (given["scores"], given["policy_ids"], table.policies, table.similarity, 0, True, 1.0)
+    rows = (given["scores"], given["policy_ids"], table.policies, table.similarity)
+    return (*rows, 0, True, 1.0, int(FreeSlots.IGNORED))
 
 
 def outputs(device: str) -> dict[str, Tensor | None]:
