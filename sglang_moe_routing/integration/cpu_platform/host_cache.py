@@ -32,8 +32,14 @@ def transfer_kv_direct(
 
 
 def register() -> None:
-    """Give SGLang's host pools the transfer that `IO_BACKEND` with `MEM_LAYOUT` asks for."""
+    """Give SGLang's host pools the transfer that `IO_BACKEND` with `MEM_LAYOUT` asks for.
+
+    They must not pin memory either, whatever they are asked: there is no driver to pin it.
+    """
     from sglang.srt.mem_cache.pool_host import mha, mla
+    from sglang.srt.mem_cache.pool_host.base import HostKVCache
+
+    HostKVCache.pin_memory = property(lambda self: False, lambda self, value: None)
 
     for module in (mha, mla):
         module.transfer_kv_direct = transfer_kv_direct

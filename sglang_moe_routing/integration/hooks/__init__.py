@@ -73,6 +73,7 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.kernels.fused_op.BaseFusedOp.register_oot_forward"),
     Symbol("sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"),
     Symbol("sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS"),
+    Symbol("sglang.srt.mem_cache.pool_host.base.HostKVCache"),
     Symbol("sglang.srt.mem_cache.pool_host.mha"),
     Symbol("sglang.srt.mem_cache.pool_host.mla"),
     Symbol(
