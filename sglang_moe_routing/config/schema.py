@@ -178,7 +178,8 @@ class RoutingConfig(StrictModel):
     """Policies that clients may pick: 'all', or a list of names. The default is always allowed."""
     prefix_cache: Literal["isolated", "shared"] = "isolated"
     """'isolated': KV made under a policy is reused under the same policy only.
-    'shared': one cache for all; vanilla requests may then read KV that a lossy policy wrote."""
+    'shared': one cache for all requests of an isolation group; vanilla requests may then read KV
+    that a lossy policy wrote."""
     statistics: bool = True
     """Count active experts on the device, read out at /v1/moe_routing/statistics."""
     metrics: Metrics = Metrics()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 import re
@@ -18,13 +17,7 @@ from sglang.srt.layers.moe.hash_topk import HashTopK
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 
 from ..artifacts import SimilarityArtifact
-from ..checkpoint import (
-    Fingerprint,
-    find_checkpoint,
-    fingerprint,
-    layers_without_experts,
-    read_headers,
-)
+from ..checkpoint import find_checkpoint, layers_without_experts, read_headers
 from ..config import LoadedConfig, check_policies
 from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
 from ..kernels import (
@@ -45,6 +38,7 @@ from .cpu_platform.experts import RUNNER
 from .definitions import Definition
 from .refusals import replays_decode_steps
 from .runtime import LAYER, Layer, Runtime
+from .weights import ServedWeights, check_weights
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +61,8 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     _check_experts_have_weights(model_runner.model, server_args)
     sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routers.items()}
     num_experts = {layer: size.num_experts for layer, size in sizes.items()}
-    check_artifacts(runtime.loaded, runtime.artifacts, num_experts, server_args)
+    runtime.weights = ServedWeights.at_start(server_args)
+    check_artifacts(runtime.loaded, runtime.artifacts, num_experts, runtime.weights)
     warn_of_policies(runtime.loaded, runtime.artifacts, sizes)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
     runtime.has_graphs = replays_decode_steps(server_args)
@@ -369,58 +364,20 @@ def check_artifacts(
     loaded: LoadedConfig,
     artifacts: Mapping[str, SimilarityArtifact],
     num_experts: Mapping[int, int],
-    server_args: Any,
+    weights: ServedWeights,
 ) -> None:
     """Hold the artifacts of a config to the served model.
 
     Args:
         num_experts: routed experts by layer id.
+        weights: those of the model.
 
     Raises:
         ArtifactError: an artifact does not fit.
     """
-    sources = loaded.config.similarity
     for name, artifact in artifacts.items():
         _check_layers(name, artifact, num_experts)
-        found = _other_weights(name, artifact, server_args)
-        if found and sources[name].allow_other_weights:
-            logger.warning("%s; allowed by similarity.%s.allow_other_weights", found, name)
-        elif found:
-            raise ArtifactError(
-                f"{found}; calibrate the model that is served, or set "
-                f"similarity.{name}.allow_other_weights: true in {loaded.path} for another "
-                "fine-tune or a quantised copy of the same model"
-            )
-
-
-def _other_weights(name: str, artifact: SimilarityArtifact, server_args: Any) -> str:
-    """How the served weights differ from those that were calibrated; empty if they do not."""
-    where = f"similarity artifact {name!r} (made for {artifact.model or 'an unnamed model'})"
-    if artifact.fingerprint is None:
-        return f"{where} does not say for which weights it was made"
-    try:
-        served = _served_weights(
-            server_args.model_path, server_args.revision, server_args.download_dir
-        )
-    except CheckpointError as error:
-        return f"{where} cannot be held to the weights of {server_args.model_path}: {error}"
-    mine = artifact.fingerprint
-    if served == mine:
-        return ""
-    if served.structure != mine.structure:
-        return (
-            f"{where} was made for a checkpoint with tensors of other names, dtypes or shapes than "
-            f"{server_args.model_path}"
-        )
-    return (
-        f"{where} was made for other weights than {server_args.model_path}: fingerprint "
-        f"{mine.weights[:12]}, served {served.weights[:12]}"
-    )
-
-
-@functools.cache  # a reload must not wait for the disk
-def _served_weights(model: str, revision: str | None, cache: str | None) -> Fingerprint:
-    return fingerprint(read_headers(find_checkpoint(model, revision=revision, cache=cache)))
+    check_weights(loaded, artifacts, weights)
 
 
 def _check_layers(name: str, artifact: SimilarityArtifact, num_experts: Mapping[int, int]) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..artifacts import SimilarityArtifact
-from ..config import LoadedConfig
+from ..config import LoadedConfig, RoutingConfig
 from ..policies import Policy, Vanilla
 
 VANILLA_ID = 0
 CACHE_PREFIX = "moe-routing:"
 """How every KV cache namespace of ours begins."""
+_SHARED_KEY = f"{CACHE_PREFIX}shared|"
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Definition:
     Attributes:
         policy: its rule.
         artifact: the similarity artifact that it uses, None if it uses none.
-        cache_key: prefix of its KV cache namespace; empty where KV is shared. It is a digest, so
-            that equal policies share KV and a changed one never meets KV of its former self.
+        cache_key: how its KV cache namespace begins, before the isolation group; empty for SGLang's
+            own namespace, which all groups share. It holds a digest, so that equal policies share
+            KV and a changed one never meets KV of its former self.
     """
 
     name: str
@@ -52,13 +54,16 @@ def define(
     for name, policy in zip(config.names, config.definitions, strict=True):
         source = config.artifact_of(name)
         artifact = artifacts[source] if source else None
-        is_shared = config.prefix_cache == "shared" or isinstance(policy, Vanilla)
-        key = "" if is_shared else _cache_key(policy, artifact)
+        key = _cache_key(config, policy, artifact)
         definitions.append(Definition(name, policy, artifact, key))
     return tuple(definitions)
 
 
-def _cache_key(policy: Policy, artifact: SimilarityArtifact | None) -> str:
+def _cache_key(config: RoutingConfig, policy: Policy, artifact: SimilarityArtifact | None) -> str:
+    if config.prefix_cache == "shared":
+        return _SHARED_KEY if len(config.isolation.groups) > 1 else ""
+    if isinstance(policy, Vanilla):
+        return ""
     content = policy.model_dump_json() + (artifact.sha256 if artifact else "")
     return f"{CACHE_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}|"
 
@@ -80,6 +85,11 @@ class PolicyIds:
         """Keep `policy_id` for `request` until that is garbage."""
         if policy_id != VANILLA_ID:
             self._users[policy_id].add(request)
+
+    def in_use(self) -> list[Definition]:
+        """What new requests may ask for, and what running ones keep."""
+        in_force = set(self.of_name.values())
+        return [d for i, d in enumerate(self.table) if i in in_force or self._users[i]]
 
     def with_config(self, definitions: Sequence[Definition]) -> list[Definition]:
         """The table after a reload: what runs keeps its place, what is new fills the gaps."""

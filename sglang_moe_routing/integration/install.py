@@ -9,7 +9,7 @@ import secrets
 from ..config import LoadedConfig, load_config
 from ..errors import EngineError
 from . import environment, hooking, runtime
-from .cpu_platform import experts, sharding
+from .cpu_platform import experts, memory, sharding
 from .hooking import Hook
 from .hooks import FORCING_HOOKS, HOOKS, RELIED_ON
 from .plugin import fatal
@@ -25,7 +25,7 @@ def install() -> None:
     hooks: list[Hook] = []
     if os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
         experts.read_choice()
-        hooks += [sharding.HOOK, experts.HOOK]
+        hooks += [sharding.HOOK, experts.HOOK, *memory.HOOKS]
     if os.environ.get(environment.CONFIG):
         hooks += _start_routing()
         if os.environ.get(environment.FORCE) == "1":

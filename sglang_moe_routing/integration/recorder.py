@@ -31,7 +31,7 @@ class Recorder:
     ) -> None:
         self._path = folder / f"calls-{os.getpid()}.jsonl"
         self._definitions = definitions
-        self._routers = {layer.layer_id: _describe(layer) for layer in layers}
+        self._layers = layers
 
     @property
     def is_on(self) -> bool:
@@ -82,7 +82,8 @@ class Recorder:
         is_new = not self._path.exists()
         with self._path.open("a") as file:
             if is_new:
-                header = {"pid": os.getpid(), "layers": self._routers}
+                routers = {layer.layer_id: _describe(layer) for layer in self._layers}
+                header = {"pid": os.getpid(), "layers": routers}
                 file.write(json.dumps(header) + "\n")
             file.write(json.dumps(entry) + "\n")
 

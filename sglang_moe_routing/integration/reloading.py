@@ -141,7 +141,7 @@ class Follower:
 
     def __init__(self) -> None:
         self.error = ""
-        self._staged: Staged | None = None
+        self.staged: Staged | None = None
 
     def is_ours(self, request: Mapping[str, int | float]) -> bool:
         """Whether an update request comes from our own HTTP process.
@@ -152,22 +152,22 @@ class Follower:
             environment.RELOAD_TOKEN
         )
 
-    def handle(self, request: Mapping[str, int | float], server_args: Any) -> bool:
+    def handle(self, request: Mapping[str, int | float]) -> bool:
         """Do what `request` asks; whether all ranks could."""
         phase, state = Phase(int(request[PHASE])), runtime.current()
         if phase is Phase.STAGE:
-            self.error = self._stage(state, int(request[_DIGEST]), server_args)
+            self.error = self._stage(state, int(request[_DIGEST]))
             return not self.error
-        staged, self._staged = self._staged, None
+        staged, self.staged = self.staged, None
         if phase is Phase.COMMIT and staged is not None:
             _commit(state, staged)
         return True
 
-    def _stage(self, state: Runtime, digest: int, server_args: Any) -> str:
+    def _stage(self, state: Runtime, digest: int) -> str:
         """Stage on this rank, compare with the others; what is wrong, empty if nothing is."""
         mine: tuple[str, list[str]]
         try:
-            staged = _stage(state, digest, server_args)
+            staged = _stage(state, digest)
             mine = "", digests(staged.loaded, staged.artifacts)
         except Exception as error:  # noqa: BLE001  # whatever it is, this scheduler keeps serving
             staged = None
@@ -178,18 +178,18 @@ class Follower:
                 return f"tensor-parallel rank {rank}: {problem}" if rank else problem
             if not mine[0] and theirs != mine[1]:
                 return f"tensor-parallel rank {rank} has read another routing config or artifact"
-        self._staged = staged
+        self.staged = staged
         return mine[0]
 
 
-def _stage(state: Runtime, digest: int, server_args: Any) -> Staged:
+def _stage(state: Runtime, digest: int) -> Staged:
     loaded = load_config(state.loaded.path)
     if _number(loaded.sha256) != digest:
         raise ReloadError(f"{loaded.path} differs from what the HTTP process read; reload again")
     _refuse_fixed(state.config, loaded)
     artifacts = used_artifacts(loaded)
     num_experts = {layer.layer_id: layer.num_experts for layer in state.layers}
-    check_artifacts(loaded, artifacts, num_experts, server_args)
+    check_artifacts(loaded, artifacts, num_experts, state.weights)
     sizes = {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in state.layers}
     warn_of_policies(loaded, artifacts, sizes)
     table = state.ids.with_config(define(loaded, artifacts))

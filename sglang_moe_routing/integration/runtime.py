@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from .definitions import Definition, PolicyIds, define
 from .recorder import Recorder
 from .rows import RowCounts, RowViews
 from .statistics import Statistics, count
+from .weights import NO_WEIGHTS, ServedWeights
 
 LAYER = "_sglang_moe_routing_layer"
 """Attribute of a `TopKConfig` that opts its layer in; drafts and foreign routers lack it."""
@@ -58,6 +59,11 @@ class Layer:
     table: PolicyTable
     kernel_table: KernelTable | None
     union: Tensor
+
+    def follow_bias(self, bias: Tensor | None) -> None:
+        """Score with the router's bias of now: an update of the weights may replace the tensor."""
+        if bias is not self.router.bias:
+            self.router = replace(self.router, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,7 @@ class Runtime:
     loaded: LoadedConfig
     artifacts: Mapping[str, SimilarityArtifact] = field(default_factory=dict)
     layers: Sequence[Layer] = ()
+    weights: ServedWeights = NO_WEIGHTS
     kernels: str = ""
     experts: str = "sglang"
     has_graphs: bool = False
@@ -207,15 +214,14 @@ class Runtime:
         previous, self.is_capturing = self.is_capturing, True
         self.num_captured = 0
         try:
-            yield
+            with self.statistics.ignoring() if self.statistics else nullcontext():
+                yield
             if self.num_captured == 0:
                 raise EngineError(
                     f"no decode graph was captured by SGLang's own decode graph runner; {_BYPASSED}"
                 )
         finally:
             self.is_capturing = previous
-            if self.statistics:
-                self.statistics.reset()
 
     @contextmanager
     def graph_forward(self, name: str) -> Iterator[None]:

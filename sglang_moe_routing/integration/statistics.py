@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,12 +103,14 @@ class Statistics:
             )
             self._vanilla.index_add_(0, torch.tensor(layers), counts)
 
-    def reset(self) -> None:
-        """Forget everything counted so far."""
-        with self._settling:
-            self._pending.clear()
-            self._vanilla.zero_()
-        self._sums.zero_()
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Forget the calls that are made meanwhile, as those are with which graphs are captured."""
+        counted = self._sums.clone()
+        try:
+            yield
+        finally:
+            self._sums.copy_(counted)
 
     def read(self) -> list[dict[str, Any]]:
         """Sums per layer. Synchronises the device."""

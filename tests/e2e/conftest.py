@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import load_artifact
@@ -100,6 +103,27 @@ def similarity() -> dict[int, np.ndarray]:
     """The demo's similarity matrices by layer."""
     matrices = load_artifact(demo.CONFIG.with_name("similarity.safetensors")).matrices
     return {layer: matrix.float().numpy() for layer, matrix in matrices.items()}
+
+
+@pytest.fixture(scope="session")
+def permuted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with the experts of every layer in another order: the same function."""
+    folder = tmp_path_factory.mktemp("permuted") / "model"
+    shutil.copytree(demo.MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(demo.MODEL / "model.safetensors")
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    moved = {}
+    for name, tensor in tensors.items():
+        if name.endswith("mlp.gate.weight"):
+            moved[name] = tensor[order].contiguous()
+        elif ".mlp.experts." in name:
+            head, _, tail = name.partition(".mlp.experts.")
+            place, _, part = tail.partition(".")
+            moved[name] = tensors[f"{head}.mlp.experts.{order[int(place)]}.{part}"]
+        else:
+            moved[name] = tensor
+    save_file(moved, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

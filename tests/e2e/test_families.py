@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sglang_moe_routing.artifacts import load_artifact
@@ -28,7 +30,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_models.py"
 
 CONFIG = """
 version: 1
-similarity: {random: SIMILARITY}
+similarity: {random: {path: SIMILARITY, allow_other_weights: true}}
 policies:
   oea-k1: {kind: oea, k0: 1}
   oea-p: {kind: oea, k0: 2, p: 0.3, k_max: 2}
@@ -210,6 +212,35 @@ def test_attached_router_is_that_of_the_family(family: Family) -> None:
     assert (router["bias"] is not None) == (family.name in BIASED)
     if router["bias"]:
         assert len(set(router["bias"])) == router["num_experts"]
+
+
+def test_rows_follow_the_bias_of_an_update(family: Family, tmp_path: Path) -> None:
+    if family.name not in BIASED:
+        pytest.skip("the router of this family has no bias")
+    policies = ["vanilla", "oea-k1", "topk-k1"]
+    old = family.server.record(lambda: family.generate(policies))[0]["router"]["bias"]
+    other = tmp_path / "other"
+    shutil.copytree(family.model, other)
+    (file,) = other.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("e_score_correction_bias"):
+            tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+
+    def update(model: Path) -> None:
+        body = {"model_path": str(model)}
+        answer = family.server.http.post("/update_weights_from_disk", json=body)
+        assert answer.status_code == 200, answer.text
+
+    update(other)
+    try:
+        calls = family.server.record(lambda: family.generate(policies))
+    finally:
+        update(family.model)
+    assert calls[0]["router"]["bias"] == old[::-1]
+    for call in calls:
+        check_call(call, ORACLE, family.similarity)
 
 
 def test_vanilla_beside_others_generates_what_transformers_does(family: Family) -> None:

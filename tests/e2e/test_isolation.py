@@ -150,15 +150,16 @@ def test_kv_is_not_shared_between_groups(isolated: Running) -> None:
     assert cached("bob-key") == 0
 
 
-def test_clients_own_namespace_is_none_of_ours(isolated: Running) -> None:
-    """`extra_key` separates KV further. It cannot name what another group or policy has written."""
+@pytest.mark.parametrize("field", ["extra_key", "cache_salt"])
+def test_clients_own_namespace_is_none_of_ours(isolated: Running, field: str) -> None:
+    """It separates KV further. It cannot name what another group or policy has written."""
     (fast,) = (d for d in define(load_config(isolated.config), {}) if d.name == "fast")
-    prompt = "Another prompt, as long as several pages of the cache, and never seen before. " * 3
+    prompt = f"A prompt with {field}, as long as several pages of the cache, and never seen. " * 3
 
-    def cached(key: str, policy: str, extra_key: str | None) -> int:
+    def cached(key: str, policy: str, given: str | None) -> int:
         answer = isolated.http.post(
             "/generate",
-            json={**body(prompt), "extra_key": extra_key},
+            json={**body(prompt), field: given},
             headers=headers(key, policy),
         )
         return int(answer.json()["meta_info"]["cached_tokens"])
@@ -166,9 +167,9 @@ def test_clients_own_namespace_is_none_of_ours(isolated: Running) -> None:
     cached("alice-key", "fast", None)
     assert cached("alice-key", "fast", None) > 0
     alices = f"{fast.cache_key}alice|"
-    for policy, extra_key in (("fast", "alice|"), ("vanilla", alices), ("vanilla", f"|{alices}")):
-        assert cached("bob-key", policy, extra_key) == 0
-        assert cached("bob-key", policy, extra_key) > 0  # it works as a namespace of the client
+    for policy, given in (("fast", "alice|"), ("vanilla", alices), ("vanilla", f"|{alices}")):
+        assert cached("bob-key", policy, given) == 0
+        assert cached("bob-key", policy, given) > 0  # it works as a namespace of the client
 
 
 def test_a_session_keeps_its_group(isolated: Running) -> None:

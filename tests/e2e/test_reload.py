@@ -283,6 +283,121 @@ def test_reload_under_load_loses_no_request(server: Reloading) -> None:
     assert {"fast", "other", "vanilla"} <= set(finished)
 
 
+# --- weights that change while serving ----------------------------------------------------------
+
+SERE = "similar: {kind: sere, num_primary: 2, threshold: 0.2}"
+OTHER_WEIGHTS = f"similarity: {{demo: {{path: {SIMILARITY}, allow_other_weights: true}}}}"
+
+
+@pytest.fixture
+def weights(request: pytest.FixtureRequest) -> Iterator[Callable[..., httpx.Response]]:
+    """Asks a server to take the weights of a folder; at the end it gets its own back."""
+    (name,) = {"server", "pair"} & set(request.fixturenames)
+    reloading: Reloading = request.getfixturevalue(name)
+
+    def update(folder: Path, **options: Any) -> httpx.Response:
+        body = {"model_path": str(folder), **options}
+        return reloading.running.http.post("/update_weights_from_disk", json=body, headers=ADMIN)
+
+    yield update
+    reloading.reload(FIRST)
+    assert update(demo.MODEL).status_code == 200
+
+
+def texts(server: Reloading) -> list[str]:
+    return [server.generate(name, 12).json()["text"] for name in ("vanilla", "similar")]
+
+
+def test_other_weights_are_refused_while_a_policy_leans_on_an_artifact(
+    server: Reloading, weights: Callable[..., httpx.Response], permuted: Path
+) -> None:
+    assert server.reload(text(SERE)).status_code == 200
+    before = texts(server)
+    answer = weights(permuted)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["success"] is False
+    message = answer.json()["message"]
+    assert "weights not updated: similarity artifact 'demo' (made for moe-routing-demo)" in message
+    assert f"was made for other weights than {permuted}: fingerprint" in message
+    assert f"similarity.demo.allow_other_weights: true in {server.path}" in message
+    for path, body in {
+        "/begin_weight_update": {},
+        "/update_weights_from_ipc": {"zmq_handles": {}},
+        "/weights_checker": {"action": "reset_tensors"},
+    }.items():
+        answer = server.running.http.post(path, json=body, headers=ADMIN)
+        assert answer.status_code == 400, answer.text
+        assert "nothing tells which they are" in answer.json()["message"]
+    assert texts(server) == before
+    calls = server.running.record(lambda: server.generate("similar"))
+    matrices = {n: m.float().numpy() for n, m in load_artifact(SIMILARITY).matrices.items()}
+    for call in calls:
+        check_call(call, {"similar": {"kind": "sere", "S": 2, "rho": 0.2}}, matrices)
+
+
+def test_the_weights_of_the_artifact_are_taken(
+    server: Reloading, weights: Callable[..., httpx.Response]
+) -> None:
+    assert server.reload(text(SERE)).status_code == 200
+    before = texts(server)
+    answer = weights(demo.MODEL)
+    assert answer.status_code == 200, answer.text
+    assert texts(server) == before
+
+
+def test_an_artifact_that_allows_other_weights_goes_on_under_them(
+    server: Reloading, weights: Callable[..., httpx.Response], permuted: Path
+) -> None:
+    always = text(SERE).replace(f"similarity: {{demo: {SIMILARITY}}}", OTHER_WEIGHTS)
+    assert server.reload(always).status_code == 200
+    assert weights(permuted).status_code == 200
+    assert "allowed by similarity.demo.allow_other_weights" in server.running.server.log.read_text()
+    assert server.generate("similar").status_code == 200
+
+
+def test_policies_without_artifact_go_on_under_other_weights(
+    server: Reloading, weights: Callable[..., httpx.Response], permuted: Path
+) -> None:
+    """And a reload holds artifacts to the weights of now, wherever they came from."""
+    before = server.generate("vanilla", 12).json()["text"]
+    assert weights(permuted).status_code == 200
+    assert server.generate("vanilla", 12).json()["text"] == before
+    check_k0(server.running.record(lambda: server.generate("fast")), "fast", 3)
+    answer = server.reload(text(SERE))
+    assert answer.status_code == 400
+    assert f"was made for other weights than {permuted}: fingerprint" in answer.json()["message"]
+    assert weights(demo.MODEL).status_code == 200
+    assert server.reload(text(SERE)).status_code == 200
+
+
+def test_after_a_session_of_updates_nobody_knows_the_weights(
+    server: Reloading, weights: Callable[..., httpx.Response]
+) -> None:
+    for path in ("/begin_weight_update", "/end_weight_update"):
+        answer = server.running.http.post(path, json={}, headers=ADMIN)
+        assert answer.status_code == 200, answer.text
+    answer = server.reload(text(SERE))
+    assert answer.status_code == 400
+    assert "cannot be held to the weights of a weight-update session" in answer.json()["message"]
+    check_k0(server.running.record(lambda: server.generate("fast")), "fast", 3)
+
+
+def test_graphs_captured_anew_reroute_and_keep_the_counts(
+    server: Reloading, weights: Callable[..., httpx.Response]
+) -> None:
+    def rows() -> int:
+        (data,) = server.running.http.get("/v1/moe_routing/statistics").json()["data"]
+        return int(data["layers"][0]["rows"])
+
+    server.generate("fast", 5)
+    before = rows()
+    assert before >= 4
+    assert weights(demo.MODEL, recapture_cuda_graph=True).status_code == 200
+    assert rows() == before
+    check_k0(server.running.record(lambda: server.generate("fast", 5)), "fast", 3)
+    assert rows() == before + 4
+
+
 # --- several schedulers ------------------------------------------------------------------------
 
 
@@ -336,6 +451,17 @@ def test_every_scheduler_reloads_or_none_does(pair: Reloading) -> None:
     assert pair.policies() == ["vanilla", "fast", "extra"]
     for calls in record_both(pair):
         check_k0(calls, "fast", 5)
+
+
+def test_every_scheduler_refuses_other_weights(
+    pair: Reloading, weights: Callable[..., httpx.Response], permuted: Path
+) -> None:
+    assert pair.reload(text(SERE)).status_code == 200
+    before = [pair.generate("similar", 12).json()["text"] for _ in range(2)]
+    answer = weights(permuted)
+    assert answer.status_code == 400, answer.text
+    assert "was made for other weights than" in answer.json()["message"]
+    assert [pair.generate("similar", 12).json()["text"] for _ in range(2)] == before
 
 
 def test_metrics_add_replicas_up_and_count_one_rank(pair: Reloading) -> None:

@@ -372,3 +372,13 @@ def test_requests_that_generate_nothing_are_left_alone(served: Running) -> None:
     response = served.http.get("/health", headers={HEADER: "no-such"})
     assert response.status_code == 200
     assert HEADER not in response.headers
+
+
+@pytest.mark.parametrize("path", ["/release_memory_occupation", "/resume_memory_occupation"])
+def test_memory_is_not_released_on_a_cpu_and_the_server_serves_on(
+    served: Running, path: str
+) -> None:
+    answer = served.http.post(path, json={})
+    assert answer.status_code == 400, answer.text
+    assert "neither released nor resumed on the portable CPU platform" in answer.text
+    assert served.http.get("/health_generate").status_code == 200

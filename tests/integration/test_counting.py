@@ -70,9 +70,18 @@ def test_vanilla_and_other_steps_add_up(runtime: Runtime) -> None:
     assert (counted["calls"], counted["rows"]) == (20, 100)
     assert counted["active_experts_base"] == sum(len(ids.unique()) for ids in base)
     assert counted["active_experts"] < counted["active_experts_base"]
-    runtime.statistics.reset()
-    (counted,) = runtime.statistics.read()
-    assert not any(value for name, value in counted.items() if name != "layer")
+
+
+def test_calls_with_which_graphs_are_captured_do_not_count(runtime: Runtime) -> None:
+    """Graphs may be captured anew while the server runs: what was counted before stays."""
+    for number in range(4):
+        step(runtime, 5, policy=number % 2)
+    before = runtime.statistics.read()
+    with runtime.capture():
+        for layer in runtime.layers:
+            weights, ids = torch.randn(3, NUM_EXPERTS).softmax(dim=1).topk(TOP_K)
+            runtime.reroute(layer, ids.int(), weights, torch.randn(3, NUM_EXPERTS))
+    assert runtime.statistics.read() == before
 
 
 def test_another_thread_may_read_meanwhile(runtime: Runtime) -> None:

@@ -12,6 +12,7 @@ from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
 
 from .. import environment
+from . import host_cache
 
 DEFAULT_KV_TOKENS = 65_536
 """KV pool where the operator sets none; SGLang would otherwise take 72 % of all memory."""
@@ -50,6 +51,8 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  #
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_KV_TOKENS
         server_args.disable_custom_all_reduce = True
+        server_args.hicache_io_backend = host_cache.IO_BACKEND
+        server_args.hicache_mem_layout = host_cache.MEM_LAYOUT
         server_args.sleep_on_idle = True  # an idle scheduler would take a core from the others
         if self.capabilities.graph_capture:
             return  # "intel_amx" falls back to torch_native later, where graphs stay allowed
@@ -67,6 +70,7 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]  #
 
         moe.register()
         attention.register()
+        host_cache.register()
         ALLOC_MEMORY_FUNCS["cpu"] = allocate_unpinned
 
     def get_graph_runner_cls(self) -> type | None:

@@ -16,6 +16,7 @@ from . import (
     response,
     server,
     topk,
+    weights,
 )
 
 HOOKS: tuple[Hook, ...] = (
@@ -32,6 +33,7 @@ HOOKS: tuple[Hook, ...] = (
     request.HOOK,
     internal_state.HOOK,
     reload.HOOK,
+    *weights.HOOKS,
     generate.GENERATE,
     generate.REPORT,
     *endpoints.HOOKS,
@@ -69,6 +71,10 @@ RELIED_ON: tuple[Symbol, ...] = (
         ("self", "obj"),
     ),
     Symbol("sglang.srt.managers.io_struct.SetInternalStateReqOutput"),
+    Symbol(
+        "sglang.srt.managers.scheduler_components.weight_updater."
+        "SchedulerWeightUpdaterManager._session"
+    ),
     Symbol("sglang.srt.runtime_context.get_serving", ()),
     Symbol("sglang.srt.utils.auth.auth_level", ("level",)),
     Symbol("sglang.srt.distributed.get_tp_group", ()),
@@ -76,6 +82,9 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.kernels.fused_op.BaseFusedOp.register_oot_forward"),
     Symbol("sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"),
     Symbol("sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS"),
+    Symbol("sglang.srt.mem_cache.pool_host.base.HostKVCache"),
+    Symbol("sglang.srt.mem_cache.pool_host.mha"),
+    Symbol("sglang.srt.mem_cache.pool_host.mla"),
     Symbol(
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register"
     ),

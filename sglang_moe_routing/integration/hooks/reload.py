@@ -20,7 +20,7 @@ FOLLOWER = Follower()
 def around(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     if not FOLLOWER.is_ours(recv_req.server_args):
         return original(self, recv_req)
-    is_done = FOLLOWER.handle(recv_req.server_args, self.scheduler.server_args)
+    is_done = FOLLOWER.handle(recv_req.server_args)
     return SetInternalStateReqOutput(updated=is_done)
 
 

@@ -56,14 +56,17 @@ def _apply(self: Any, choice: Choice) -> None:
     setattr(self, POLICY_ID, policy_id)
     setattr(self, GROUP_ID, state.config.isolation.groups.index(group))
     state.ids.use(policy_id, self)
-    self.extra_key = _namespace(state.ids.table[policy_id].cache_key, group, self.extra_key)
+    self.cache_salt = _salt(state.ids.table[policy_id].cache_key, group, self.cache_salt)
 
 
-def _namespace(cache_key: str, group: str, given: str | None) -> str | None:
+def _salt(cache_key: str, group: str, given: str | None) -> str | None:
     """Namespace of a request's KV: rows of its group decided about what it writes.
 
+    It is the salt because that is part of every key of SGLang's: radix tree, host and storage
+    tiers, and the hashes of KV events, whose default format leaves `extra_key` out.
+
     Args:
-        given: what the client calls its namespace; it must not pass for one of ours.
+        given: the client's own salt; it separates further and must not pass for one of ours.
     """
     if cache_key:
         return f"{cache_key}{group}|{given or ''}"

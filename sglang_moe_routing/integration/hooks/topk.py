@@ -34,6 +34,7 @@ def before(
 ) -> None:
     layer = getattr(topk_config, LAYER, None)
     if layer is not None:
+        layer.follow_bias(topk_config.correction_bias)
         runtime.current().reroute(layer, topk_ids, topk_weights, router_logits)
 
 

@@ -1,0 +1,122 @@
+"""Which weights a process serves, and which it lets in while policies lean on artifacts."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("sglang")
+from sglang_moe_routing import demo
+from sglang_moe_routing.artifacts import SimilarityArtifact, save_artifact
+from sglang_moe_routing.checkpoint import Fingerprint
+from sglang_moe_routing.config import LoadedConfig, load_config
+from sglang_moe_routing.errors import ArtifactError
+from sglang_moe_routing.integration import runtime
+from sglang_moe_routing.integration.definitions import define
+from sglang_moe_routing.integration.hooks import weights as hook
+from sglang_moe_routing.integration.reloading import Staged
+from sglang_moe_routing.integration.runtime import Layer, Runtime, used_artifacts
+from sglang_moe_routing.integration.weights import ServedWeights, check_former, unknown
+from sglang_moe_routing.kernels import choose, compile_table
+from sglang_moe_routing.policies import Router, Vanilla, build_table
+
+SERE = "similar: {kind: sere, num_primary: 1}"
+FAST = "fast: {kind: oea, k0: 3}"
+MINE = Fingerprint("structure", "mine")
+OTHER = ServedWeights("/other", Fingerprint("structure", "other"))
+
+
+class Request:
+    """Something that uses a policy until it is garbage."""
+
+
+def load(folder: Path, policies: str, allow: str = "false") -> LoadedConfig:
+    artifact = SimilarityArtifact({0: torch.eye(4)}, "cosine", "tiny", fingerprint=MINE)
+    save_artifact(artifact, folder / "a.safetensors")
+    path = folder / "routing.yaml"
+    source = f"{{path: a.safetensors, allow_other_weights: {allow}}}"
+    path.write_text(f"version: 1\nsimilarity: {{a: {source}}}\npolicies: {{{policies}}}\n")
+    return load_config(path)
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    monkeypatch.setattr(runtime, "_runtime", None)
+    return runtime.start(load(tmp_path, f"{SERE}, {FAST}"))
+
+
+def adopt(state: Runtime, loaded: LoadedConfig) -> None:
+    state.adopt(loaded, used_artifacts(loaded))
+
+
+def test_weights_of_the_artifact_come_in_and_others_do_not(state: Runtime) -> None:
+    assert hook._problem(ServedWeights("/copy", MINE)) == ""
+    assert "was made for other weights than /other" in hook._problem(OTHER)
+    assert "weights of IPC: nothing tells which they are" in hook._problem(unknown("IPC"))
+
+
+def test_without_a_policy_that_uses_it_an_artifact_holds_nothing_up(
+    state: Runtime, tmp_path: Path
+) -> None:
+    adopt(state, load(tmp_path, FAST))
+    assert hook._problem(OTHER) == hook._problem(unknown("IPC")) == ""
+
+
+def test_other_weights_come_in_where_the_config_allows_them(state: Runtime, tmp_path: Path) -> None:
+    adopt(state, load(tmp_path, SERE, allow="true"))
+    assert hook._problem(OTHER) == hook._problem(unknown("IPC")) == ""
+
+
+def test_a_running_request_holds_up_weights_that_its_former_policy_cannot_meet(
+    state: Runtime, tmp_path: Path
+) -> None:
+    request = Request()
+    state.ids.use(state.ids.of_name["similar"], request)
+    adopt(state, load(tmp_path, FAST))
+    with pytest.raises(ArtifactError, match="a running request keeps policy 'similar'"):
+        check_former(state.ids.in_use(), state.artifacts, OTHER)
+    del request
+    check_former(state.ids.in_use(), state.artifacts, OTHER)
+
+
+def test_a_reload_under_way_counts(
+    state: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the moment that it is staged and that in which all take it over."""
+    adopt(state, load(tmp_path, FAST))
+    coming = load(tmp_path, SERE)
+    artifacts = used_artifacts(coming)
+    staged = Staged(coming, artifacts, define(coming, artifacts), ())
+    monkeypatch.setattr(hook.FOLLOWER, "staged", staged)
+    assert "was made for other weights than /other" in hook._problem(OTHER)
+
+
+def test_a_checkpoint_that_was_written_over_has_another_fingerprint(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo.MODEL, model)
+    before = ServedWeights.of_checkpoint(str(model))
+    assert before.fingerprint == ServedWeights.of_checkpoint(str(demo.MODEL)).fingerprint
+    save_file({"weight": torch.ones(4)}, model / "model.safetensors")
+    assert ServedWeights.of_checkpoint(str(model)).fingerprint != before.fingerprint
+
+
+def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    found = ServedWeights.of_checkpoint(str(tmp_path))
+    assert found.fingerprint is None
+    assert "no safetensors checkpoint" in found.problem
+
+
+def test_a_layer_follows_a_bias_that_was_replaced() -> None:
+    table = build_table([Vanilla()], layer=0, top_k=2, num_experts=4)
+    native = compile_table(table) if choose("cpu").is_native else None
+    router = Router(scoring="sigmoid", bias=torch.zeros(4))
+    layer = Layer(0, 0, 4, 2, router, table, native, torch.zeros(4, dtype=torch.bool))
+    bias = torch.ones(4)
+    layer.follow_bias(bias)
+    assert layer.router.bias is bias
+    assert replace(layer.router, bias=None) == replace(router, bias=None)
