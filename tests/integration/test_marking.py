@@ -13,8 +13,10 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from sglang_moe_routing.config import load_config
+from sglang_moe_routing.errors import EngineError
 from sglang_moe_routing.integration import runtime
 from sglang_moe_routing.integration.hooks.generate import before
+from sglang_moe_routing.integration.selecting import SCOPE_KEY, Selection
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def _config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def request_to(path: str, root_path: str = "") -> Request:
     scope = {"type": "http", "path": path, "headers": [], "server": ("host", 80), "scheme": "http"}
-    return Request({**scope, "root_path": root_path})
+    return Request({**scope, "root_path": root_path, SCOPE_KEY: Selection()})
 
 
 def marked(obj: Any, path: str = "/generate") -> Any:
@@ -69,3 +71,9 @@ def test_a_client_that_poses_as_a_health_check_is_marked() -> None:
     rid = f"{HEALTH_CHECK_RID_PREFIX}_1"
     params = marked(GenerateReqInput(text="a", rid=rid, sampling_params={}))
     assert params["custom_params"] == {"moe_routing_policy": "vanilla"}
+
+
+def test_a_request_through_an_app_without_our_middleware_is_refused() -> None:
+    bare = Request({"type": "http", "path": "/generate", "headers": []})
+    with pytest.raises(EngineError, match="set up without the routing middleware"):
+        before(None, GenerateReqInput(text="a", sampling_params={}), bare)
