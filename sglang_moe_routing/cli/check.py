@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..bench.server import server_environment
 from ..config import bundled_config
-from ..errors import RoutingError
+from ..errors import RoutingError, describe
 from ..integration import environment
 from ..integration.report import Inspection
 from .output import Json, console, print_json
@@ -35,7 +35,11 @@ def check(
         os.environ.update(server_environment(path))  # before sglang is imported
     except RoutingError as error:
         problems.append(str(error))
-    result = _inspect(path)
+    result = Inspection(config=str(path))
+    try:
+        result = _inspect(path)
+    except (ImportError, OSError, RuntimeError) as error:
+        problems = problems or [describe(error)]
     problems += [problem for problem in result.problems if problem not in problems]
     hooks = [{"target": f.target, "ok": f.ok, "problem": f.problem} for f in result.findings]
     if json:
