@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import secrets
+import signal
 
 from ..config import LoadedConfig, load_config
 from ..errors import EngineError
@@ -45,6 +46,7 @@ def _start_routing() -> list[Hook]:
         os.environ[environment.RELOAD_TOKEN] = str(secrets.randbits(62))
     else:
         _check_unchanged(loaded)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main one ends us
     runtime.start(loaded)
     return [hook for hook in HOOKS if is_main or not hook.main_only]
 
