@@ -79,3 +79,25 @@ class _Shortener(reprlib.Repr):
 def shorten(value: object) -> str:
     """``repr(value)`` for a message: a user's value may be of any size."""
     return _Shortener().repr(value)
+
+
+_REMEDIES: tuple[tuple[type[BaseException], str], ...] = (
+    (
+        ImportError,
+        "a package is missing, damaged or of another version; run: pip install --force-reinstall "
+        "sglang-moe-routing",
+    ),
+    (
+        PermissionError,
+        "let this user have access to it; libraries keep their caches below HOME, which can be set "
+        "to a folder that the user may write to",
+    ),
+)
+
+
+def describe(error: BaseException) -> str:
+    """What to tell a user: a message of ours as it is, any other with its kind and a remedy."""
+    if isinstance(error, RoutingError):
+        return str(error)
+    remedies = [f"; {remedy}" for kind, remedy in _REMEDIES if isinstance(error, kind)]
+    return "".join((f"{type(error).__name__}: {error}", *remedies))

@@ -73,9 +73,10 @@ def server_environment(
         base: variables to start from, by default this process's. What is set there stays.
 
     Raises:
-        EngineError: SGLang would not load the plugin.
+        EngineError: SGLang would not load the plugin, or there is no home folder.
     """
     env = dict(os.environ if base is None else base)
+    names.require_home(env)
     if config is None:
         env.pop(names.CONFIG, None)
     else:
@@ -99,7 +100,8 @@ def _cpu_defaults(flags: Sequence[str]) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",  # SGLang compiles grouped routers; a C++ compiler is no given
         "OMP_WAIT_POLICY": "passive",  # spinning threads starve each other on shared cores
     }
-    num_ranks = math.prod(_value(flags, names) for names in _RANK_FLAGS)
+    sizes = [flag_value(flags, names) for names in _RANK_FLAGS]
+    num_ranks = math.prod(int(size) for size in sizes if size.isdecimal())
     if num_ranks > 1:
         cores = sorted(os.sched_getaffinity(0))
         parts = [cores[rank::num_ranks] or cores for rank in range(num_ranks)]
@@ -109,14 +111,13 @@ def _cpu_defaults(flags: Sequence[str]) -> dict[str, str]:
     return defaults
 
 
-def _value(flags: Sequence[str], names: Sequence[str]) -> int:
-    """What SGLang's flag of these names is set to, 1 if it is not."""
+def flag_value(flags: Sequence[str], names: Sequence[str]) -> str:
+    """What SGLang's flag of these names is set to, empty if it is not."""
     for index, flag in enumerate(flags):
         name, equals, value = flag.partition("=")
         if name in names:
-            text = value if equals else "".join(flags[index + 1 : index + 2])
-            return int(text) if text.isdecimal() else 1
-    return 1
+            return value if equals else "".join(flags[index + 1 : index + 2])
+    return ""
 
 
 def _check_plugin_is_loaded(env: Mapping[str, str]) -> None:
@@ -134,12 +135,6 @@ def _check_plugin_is_loaded(env: Mapping[str, str]) -> None:
     if allowed and names.PLUGIN not in allowed:
         raise EngineError(
             f"SGLANG_PLUGINS={env['SGLANG_PLUGINS']} leaves out {names.PLUGIN!r}; add it"
-        )
-    platform = env.get("SGLANG_PLATFORM")
-    if platform not in (None, "", names.PLATFORM):
-        raise EngineError(
-            f"SGLANG_PLATFORM={platform}: SGLang loads no plugin of packages with another "
-            "platform; routing policies cannot be served there"
         )
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..bench.server import server_environment
 from ..checkpoint import find_checkpoint, moe_layers, read_headers
 from ..config import bundled_config
-from ..errors import CheckpointError, RoutingError
+from ..errors import CheckpointError, RoutingError, describe
 from ..integration import environment
 from ..integration.report import Inspection
 from ..policies import Sizes
@@ -48,7 +48,11 @@ def check(
         sizes = None if model is None else moe_sizes(model)
     except RoutingError as error:
         problems.append(str(error))
-    result = _inspect(path, sizes)
+    result = Inspection(config=str(path))
+    try:
+        result = _inspect(path, sizes)
+    except (ImportError, OSError, RuntimeError) as error:
+        problems = problems or [describe(error)]
     problems += [problem for problem in result.problems if problem not in problems]
     hooks = [{"target": f.target, "ok": f.ok, "problem": f.problem} for f in result.findings]
     if json:

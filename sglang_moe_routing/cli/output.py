@@ -12,7 +12,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from ..errors import RoutingError, RoutingRequestError
+from ..errors import RoutingError, RoutingRequestError, describe
 from ..policies import Layers
 
 console = Console()
@@ -37,11 +37,11 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn our own exceptions into one message without a traceback."""
+    """Turn our own exceptions, and those of the environment, into one message."""
     try:
         yield
-    except RoutingError as error:
-        fail(str(error))
+    except (RoutingError, ImportError, PermissionError) as error:
+        fail(describe(error))
 
 
 def check_matplotlib(option: str) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from ..bench.server import server_command, server_environment
+from ..bench.server import flag_value, server_command, server_environment
 from ..config import bundled_config, load_config
-from ..integration import environment
+from ..errors import CheckpointError, EngineError
+from ..integration import environment, listening
 from .output import clear_errors, errors
+
+DEFAULT_HOST = "127.0.0.1"
+"""SGLang's, where no ``--host`` is given."""
 
 
 def serve(
@@ -50,6 +55,7 @@ def serve(
         env = server_environment(path, context.args, cpu=cpu)
         env[environment.CPU_EXPERTS] = cpu_experts
         command = server_command(model, context.args)
+        _refuse_what_cannot_start(model, context.args)
     names = ", ".join(loaded.config.names)
     platform = env.get("SGLANG_PLATFORM") or "SGLang's own"
     errors.print(
@@ -59,3 +65,15 @@ def serve(
         soft_wrap=True,
     )
     os.execve(command[0], command, env)  # noqa: S606  # becomes the server: signals reach it
+
+
+def _refuse_what_cannot_start(model: str, flags: Sequence[str]) -> None:
+    """Say at once what SGLang would say after its imports, or on hundreds of lines."""
+    if model.startswith(("/", "./", "../", "~")) and not Path(model).expanduser().exists():
+        raise CheckpointError(f"{model}: no such model folder")
+    for flag in flags:
+        if flag.startswith("--routing"):
+            raise EngineError(f"{flag}: unknown option; did you mean --routing-config?")
+    port = flag_value(flags, ("--port",))
+    if port.isdecimal():
+        listening.refuse_taken(flag_value(flags, ("--host",)) or DEFAULT_HOST, int(port))

@@ -1,10 +1,19 @@
 """Environment variables that this package reads. Children inherit them; flags would not reach."""
 
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Mapping
+
+from ..errors import EngineError
+
 CONFIG = "SGLANG_MOE_ROUTING_CONFIG"
 """Path of the routing config. Unset: the plugin leaves SGLang alone."""
 
 CONFIG_SHA256 = "SGLANG_MOE_ROUTING_CONFIG_SHA256"
-"""Set by the main process: digest of the config, which every worker must find again."""
+"""Set while the main process launches an engine: digest of the config, which every process of that
+engine must find again."""
 
 RELOAD_TOKEN = "_MOE_ROUTING_RELOAD_TOKEN"  # noqa: S105  # a name, not a secret
 """Set by the main process: secret that marks its reload requests to the schedulers."""
@@ -39,3 +48,21 @@ SGLANG_VERSION = "0.5.23"
 
 EXIT_CODE = 78
 """Exit status of a server that must not start (EX_CONFIG)."""
+
+
+def require_home(variables: Mapping[str, str]) -> None:
+    """Raise `EngineError` if a process with these variables would have no home folder.
+
+    Libraries of SGLang ask for it as they are imported, FlashInfer also where
+    ``FLASHINFER_WORKSPACE_BASE`` is set.
+    """
+    if "HOME" in variables:
+        return
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        raise EngineError(
+            f"no home folder: HOME is not set, and user id {os.getuid()} has no entry in "
+            "/etc/passwd; set HOME to a folder that this user may write to, where libraries can "
+            "keep what they compile"
+        ) from None

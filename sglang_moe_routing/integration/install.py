@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import secrets
+import signal
 
 from ..config import LoadedConfig, load_config
 from ..errors import EngineError
@@ -31,6 +32,8 @@ def install() -> None:
         if os.environ.get(environment.FORCE) == "1":
             hooks += FORCING_HOOKS
     hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON]))
+    if os.environ.get(environment.CONFIG):
+        _refuse_other_platforms()
     hooking.apply(hooks, on_failure=fatal)
 
 
@@ -40,16 +43,34 @@ def _start_routing() -> list[Hook]:
     is_main = _is_main()
     if is_main:
         os.environ[environment.CONFIG] = str(loaded.path)
-        os.environ[environment.CONFIG_SHA256] = loaded.sha256
         os.environ[environment.RELOAD_TOKEN] = str(secrets.randbits(62))
     else:
         _check_unchanged(loaded)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main one ends us
     runtime.start(loaded)
     return [hook for hook in HOOKS if is_main or not hook.main_only]
 
 
+def _refuse_other_platforms() -> None:
+    """Raise `EngineError` but on NVIDIA GPUs and the portable CPU platform: elsewhere, other
+    packages' too, other routers and kernels run."""
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.platforms.cuda import CudaSRTPlatform
+
+    from .cpu_platform.platform import PortableCpuPlatform
+
+    found = type(current_platform)
+    if found not in (CudaSRTPlatform, PortableCpuPlatform):
+        selected = os.environ.get("SGLANG_PLATFORM")
+        raise EngineError(
+            f"SGLang runs on the platform {found.__module__}.{found.__qualname__} "
+            f"(SGLANG_PLATFORM={selected or ''}), where routing policies are not supported; unset "
+            f"SGLANG_PLATFORM on a machine with an NVIDIA GPU, or set it to {environment.PLATFORM}"
+        )
+
+
 def _is_main() -> bool:
-    """Whether this process starts the others; those inherit the digest."""
+    """Whether this process starts an engine; the engine's processes inherit the digest."""
     return multiprocessing.parent_process() is None or environment.CONFIG_SHA256 not in os.environ
 
 

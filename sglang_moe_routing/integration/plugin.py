@@ -26,6 +26,7 @@ def register() -> None:
     if not is_configured and os.environ.get("SGLANG_PLATFORM") != environment.PLATFORM:
         return
     try:
+        environment.require_home(os.environ)
         from .install import install
 
         install()
@@ -68,14 +69,14 @@ def fatal(error: BaseException, *, at_once: bool = False) -> NoReturn:
     """End this process with one message. `SystemExit` passes through SGLang's plugin loader.
 
     Args:
-        at_once: skip the interpreter's shutdown. Once a scheduler has died, the message queues of
-            the main process may wait forever for it to take its last messages.
+        at_once: skip the interpreter's shutdown. Once schedulers were started, the message queues
+            of the main process may wait forever for a dead one to take its last messages.
     """
-    from ..errors import RoutingError
+    from ..errors import describe
 
-    text = str(error) if isinstance(error, RoutingError) else f"{type(error).__name__}: {error}"
     process = multiprocessing.current_process().name
-    print(f"sglang-moe-routing: {process}: cannot serve: {text}", file=sys.stderr, flush=True)
+    text = f"sglang-moe-routing: {process}: cannot serve: {describe(error)}"
+    print(text, file=sys.stderr, flush=True)
     if at_once:
         sys.stdout.flush()
         os._exit(environment.EXIT_CODE)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import secrets
 import signal
+import threading
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -19,6 +22,10 @@ from .http_server import tokenizer_manager
 from .reloading import ERROR
 from .selecting import PolicyHeaderMiddleware
 from .statistics import KEY
+
+logger = logging.getLogger(__name__)
+
+RELOAD = "/moe_routing/reload"
 
 
 def refuse_strangers(request: Request) -> None:
@@ -86,8 +93,13 @@ async def reload_config() -> dict[str, Any]:
     }
 
 
-def reload_on_hangup() -> None:
-    """SIGHUP to this process reloads, from now on. Called in the server's event loop."""
+def reload_on_hangup() -> bool:
+    """SIGHUP to this process reloads, from now on; False where a thread serves, as it gets none.
+
+    Called in the server's event loop.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
     loop = asyncio.get_running_loop()
 
     async def reload_and_log() -> None:
@@ -95,6 +107,7 @@ def reload_on_hangup() -> None:
             await reloading.reload(tokenizer_manager())
 
     loop.add_signal_handler(signal.SIGHUP, lambda: _keep(loop.create_task(reload_and_log())))
+    return True
 
 
 _tasks: set[asyncio.Task[None]] = set()
@@ -116,17 +129,26 @@ class StartMiddleware:
         if scope["type"] == "lifespan":
             state = runtime.current()
             metrics.show_config(state.loaded.sha256, state.config.choosable)
-            reload_on_hangup()
+            remedy = f"kill -HUP {os.getpid()}" if reload_on_hangup() else f"POST {RELOAD}"
+            logger.info(
+                "MoE routing policies in force: %s; default: %s; reload %s with: %s",
+                ", ".join(state.config.names),
+                state.config.default,
+                state.loaded.path,
+                remedy,
+            )
         await self._app(scope, receive, send)
 
 
 def add_routes(app: FastAPI) -> None:
-    """Add routes and the response header. Called once, before the app starts."""
+    """Add routes and the response header, once, before the app starts."""
+    if RELOAD in [getattr(route, "path", None) for route in app.routes]:
+        return
     listed = [Depends(refuse_strangers)]
     for path, method, endpoint, dependencies in (
         ("/v1/moe_routing/policies", "GET", list_policies, listed),
         ("/v1/moe_routing/statistics", "GET", read_statistics, listed),
-        ("/moe_routing/reload", "POST", reload_config, []),
+        (RELOAD, "POST", reload_config, []),
     ):  # not through an APIRouter: SGLang finds the auth level of the app's own routes only
         app.add_api_route(
             path, endpoint, methods=[method], dependencies=dependencies, tags=["moe routing"]

@@ -18,7 +18,7 @@ from ..config import (
     find_in_body,
     split_alias,
 )
-from ..errors import RoutingRequestError
+from ..errors import EngineError, RoutingRequestError
 from ..policies import Vanilla
 from . import http_server, metrics, runtime
 from .transport import Choice
@@ -156,9 +156,20 @@ def take_alias(model: str | None, served_model: str, request: Any) -> str | None
 
 
 def _selection(request: Any) -> Selection:
-    scope = getattr(request, "scope", None)
-    selection = scope.get(SCOPE_KEY) if scope is not None else None
-    return selection or Selection()
+    """What the middleware laid into the request's scope; without a request there is nobody to ask.
+
+    Raises:
+        EngineError: the app was set up without the middleware: no answer would say its policy.
+    """
+    if request is None:
+        return Selection()
+    selection: Selection | None = request.scope.get(SCOPE_KEY)
+    if selection is None:
+        raise EngineError(
+            "this HTTP app was set up without the routing middleware; start the server as SGLang "
+            "does (sglang serve, or launch_server)"
+        )
+    return selection
 
 
 def _refuse_beam_search(sampling_params: Any, name: str) -> None:

@@ -20,10 +20,12 @@ from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_moe_routing.config import load_config
+from sglang_moe_routing.errors import EngineError
 from sglang_moe_routing.integration import metrics, runtime
 from sglang_moe_routing.integration.hooks.forward_batch import POLICY_ID
 from sglang_moe_routing.integration.hooks.generate import before
 from sglang_moe_routing.integration.hooks.request import around
+from sglang_moe_routing.integration.selecting import SCOPE_KEY, Selection
 from sglang_moe_routing.integration.transport import Choice, unpack
 
 
@@ -37,7 +39,8 @@ def _config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def request_to(path: str, root_path: str = "", client: str = "somebody") -> Request:
     scope = {"type": "http", "path": path, "headers": [], "server": ("host", 80), "scheme": "http"}
-    return Request({**scope, "root_path": root_path, "client": (client, 12345)})
+    scope |= {"root_path": root_path, "client": (client, 12345), SCOPE_KEY: Selection()}
+    return Request(scope)
 
 
 class Manager:
@@ -191,3 +194,9 @@ def test_sglangs_warm_up_is_no_request_of_a_client(
     before(Manager(), obj, request_to("/generate", client=client))
     assert unpack(obj.sampling_params["custom_params"]) == (None, Choice("vanilla"))
     assert requests == counted
+
+
+def test_a_request_through_an_app_without_our_middleware_is_refused() -> None:
+    bare = Request({"type": "http", "path": "/generate", "headers": []})
+    with pytest.raises(EngineError, match="set up without the routing middleware"):
+        before(Manager(), GenerateReqInput(text="a", sampling_params={}), bare)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from sglang_moe_routing import demo
 from sglang_moe_routing.bench.server import server_environment
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.cli.check import moe_sizes
-from sglang_moe_routing.errors import EngineError
+from sglang_moe_routing.errors import EngineError, PolicyError, describe
 from sglang_moe_routing.policies import Sizes
 
 ROOT = Path(__file__).parents[2]
@@ -94,15 +98,76 @@ def test_environment_without_cpu_leaves_the_platform_alone() -> None:
     assert "SGLANG_PLATFORM" not in server_environment(demo.CONFIG, cpu=False, base={})
 
 
+def test_plugins_that_leave_this_one_out_are_refused() -> None:
+    with pytest.raises(EngineError, match="leaves out 'moe_routing'"):
+        server_environment(demo.CONFIG, cpu=False, base={"SGLANG_PLUGINS": "other"})
+
+
+def test_serve_refuses_a_port_in_use_before_starting() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = RUNNER.invoke(app, ["serve", str(demo.MODEL), "--port", str(port), "--cpu"])
+    assert result.exit_code == 1
+    assert f"port {port} of 127.0.0.1 is in use by another process" in result.stderr
+
+
 @pytest.mark.parametrize(
-    ("base", "message"),
+    ("arguments", "message"),
     [
-        ({"SGLANG_PLUGINS": "other"}, "leaves out 'moe_routing'"),
-        ({"SGLANG_PLATFORM": "npu_plugin"}, "SGLANG_PLATFORM=npu_plugin"),
+        (["./no/such/model"], "./no/such/model: no such model folder"),
+        (["org/model", "--routing-confg", "x"], "--routing-confg: unknown option; did you mean"),
     ],
 )
-def test_settings_under_which_sglang_skips_the_plugin_are_refused(
-    base: dict[str, str], message: str
+def test_serve_refuses_what_sglang_would_refuse_late(arguments: list[str], message: str) -> None:
+    result = RUNNER.invoke(app, ["serve", *arguments, "--cpu"])
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+HOMELESS = """
+import os, sys
+from sglang_moe_routing.cli import app
+from sglang_moe_routing.integration import plugin
+
+os.environ.pop("HOME", None)
+os.environ["SGLANG_MOE_ROUTING_CONFIG"] = sys.argv[2]
+os.setgroups([])
+os.setuid(12345)
+if sys.argv[1] == "plugin":
+    plugin.register()
+app([sys.argv[1], *sys.argv[3:]])
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["check", str(demo.CONFIG)], 1),
+        (["serve", str(demo.CONFIG), "m"], 1),
+        (["plugin", str(demo.CONFIG)], 78),
+    ],
+)
+def test_a_user_without_a_home_folder_is_told_what_to_set(
+    arguments: list[str], status: int
 ) -> None:
-    with pytest.raises(EngineError, match=message):
-        server_environment(demo.CONFIG, cpu=False, base=base)
+    run = subprocess.run(
+        [sys.executable, "-c", HOMELESS, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    told = " ".join((run.stdout + run.stderr).split())
+    assert run.returncode == status, told
+    assert "no home folder: HOME is not set, and user id 12345 has no entry in" in told
+    assert "set HOME to a folder that this user may write to" in told
+    assert "Traceback" not in told
+
+
+def test_errors_of_the_environment_come_with_a_remedy() -> None:
+    assert describe(PolicyError("k0: 9")) == "k0: 9"
+    assert "run: pip install" in describe(ImportError("no name x"))
+    assert "below HOME" in describe(PermissionError(13, "Permission denied", "/.cache"))
+    assert describe(KeyError("x")) == "KeyError: 'x'"

@@ -38,8 +38,7 @@ HOOKS: tuple[Hook, ...] = (
     generate.REPORT,
     *endpoints.HOOKS,
     *response.HOOKS,
-    server.LAUNCH_SERVER,
-    server.LAUNCH,
+    *server.HOOKS,
 )
 
 FORCING_HOOKS: tuple[Hook, ...] = forcing.HOOKS
@@ -79,6 +78,8 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.srt.utils.auth.auth_level", ("level",)),
     Symbol("sglang.srt.distributed.get_tp_group", ()),
     Symbol("sglang.srt.arg_groups.model_override_base.resolved_view", ("server_args",)),
+    Symbol("sglang.srt.platforms.current_platform"),
+    Symbol("sglang.srt.platforms.cuda.CudaSRTPlatform"),
     Symbol("sglang.kernels.fused_op.BaseFusedOp.register_oot_forward"),
     Symbol("sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod"),
     Symbol("sglang.srt.mem_cache.pool_host.common.ALLOC_MEMORY_FUNCS"),

@@ -1,41 +1,81 @@
-"""Around ``launch_server`` and ``Engine._launch_subprocesses``.
+"""What a launch of SGLang passes by, from its flags to its HTTP app.
 
-The first adds our routes and the response header to SGLang's HTTP app; the second refuses
-unsupported flags before any process is spawned, also for the offline `Engine`.
+SGLang may load plugins as late as inside `Engine._launch_subprocesses`, where `launch_server` is
+called as a function. What every way of starting must have hangs on functions that SGLang looks up
+after that: `ServerArgs.check_server_args` before any process is spawned, `_scheduler_died_error`
+where one ends too soon, `_setup_and_run_http_server` before the app starts. The hooks of the
+functions that may have been entered already, `_launch_subprocesses` and `launch_server`, hold only
+what matters where plugins are loaded first.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.arg_groups.model_override_base import resolved_view
+
 from ...errors import EngineError, RoutingError
-from .. import metrics
-from ..environment import EXIT_CODE
+from .. import environment, listening, metrics, runtime
 from ..hooking import Hook
 from ..plugin import fatal
 from ..refusals import refuse_unsupported
 from ..routes import add_routes
 
+INTERRUPTED = 130
+"""Exit status of a program that Ctrl-C ended, as shells report it."""
 
-def around_launch_server(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    from sglang.srt.entrypoints import http_server
 
-    add_routes(http_server.app)
+def before_check(server_args: Any) -> None:
+    refuse_unsupported(server_args)
+    metrics.enable(bool(server_args.enable_metrics))
+    os.environ[environment.CONFIG_SHA256] = runtime.current().loaded.sha256
+
+
+def around_launch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Processes that a script starts later are not of this engine: they read the config anew."""
     try:
         return original(*args, **kwargs)
-    except RoutingError as error:
-        fatal(error)
-    except RuntimeError as error:
-        if f"exit code: {EXIT_CODE}" not in str(error):
-            raise
+    finally:
+        os.environ.pop(environment.CONFIG_SHA256, None)
+
+
+def after_death(error: Exception, rank: int, process: Any) -> None:
+    """End this process at once: the message queues may wait forever for the scheduler that died.
+
+    SGLang kills it too, where a scheduler fails by an error of its own.
+    """
+    if process.exitcode == environment.EXIT_CODE:
         refusal = EngineError("a scheduler process refused to start; its message is above")
         fatal(refusal, at_once=True)
 
 
-def before_launch(cls: type, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    refuse_unsupported(server_args)
-    metrics.enable(bool(server_args.enable_metrics))
+def before_http(server_args: Any, *args: Any, **kwargs: Any) -> None:
+    from sglang.srt.entrypoints import http_server
+
+    try:
+        _refuse_port(server_args)  # anew: the model took its time to load
+    except RoutingError as error:
+        fatal(error, at_once=True)
+    add_routes(http_server.app)
+
+
+def around_launch_server(
+    original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any
+) -> Any:
+    try:
+        _refuse_port(server_args)
+        return original(server_args, *args, **kwargs)
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
+    except RoutingError as error:
+        fatal(error)
+
+
+def _refuse_port(server_args: Any) -> None:
+    flags = resolved_view(server_args)
+    listening.refuse_taken(flags.host, flags.port)
 
 
 LAUNCH_SERVER = Hook(
@@ -52,6 +92,36 @@ LAUNCH_SERVER = Hook(
     function=around_launch_server,
     main_only=True,
 )
+DEATH = Hook(
+    target="sglang.srt.entrypoints.engine._scheduler_died_error",
+    parameters=("rank", "proc"),
+    kind="after",
+    function=after_death,
+    main_only=True,
+)
+HTTP = Hook(
+    target="sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+    parameters=(
+        "server_args",
+        "tokenizer_manager",
+        "template_manager",
+        "port_args",
+        "scheduler_infos",
+        "subprocess_watchdog",
+        "execute_warmup_func",
+        "launch_callback",
+    ),
+    kind="before",
+    function=before_http,
+    main_only=True,
+)
+CHECK = Hook(
+    target="sglang.srt.server_args.ServerArgs.check_server_args",
+    parameters=("self",),
+    kind="before",
+    function=before_check,
+    main_only=True,
+)
 LAUNCH = Hook(
     target="sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
     parameters=(
@@ -63,7 +133,8 @@ LAUNCH = Hook(
         "port_args",
         "placement_group",
     ),
-    kind="before",
-    function=before_launch,
+    kind="around",
+    function=around_launch,
     main_only=True,
 )
+HOOKS = (CHECK, LAUNCH, DEATH, HTTP, LAUNCH_SERVER)
