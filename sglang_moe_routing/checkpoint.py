@@ -102,8 +102,8 @@ def fingerprint(tensors: Mapping[str, StoredTensor]) -> Fingerprint:
 
 def moe_layers(names: Iterable[str]) -> list[int]:
     """Ids of the layers for which a checkpoint's tensors include routed experts."""
-    found = (re.search(r"\blayers\.(\d+)\.(?:\w+\.)*experts\.", name) for name in names)
-    return sorted({int(match[1]) for match in found if match})
+    found = (_LAYER.match(name) for name in names)
+    return sorted({int(layer["number"]) for layer in found if layer and layer["experts"]})
 
 
 def layers_without_experts(names: Iterable[str], layers: Iterable[int]) -> list[int]:

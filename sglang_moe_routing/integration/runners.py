@@ -141,6 +141,9 @@ RUNNERS: Mapping[str, Runner] = {
                     461,
                     "num_invalid_blocks += expert_ids_ptr[i] == -1",
                 ),
+                Source(
+                    "sglang/srt/lora/lora_moe_runner_marlin.py", 195, "zero_inactive_output=True"
+                ),
             ),
         ),
         Runner(

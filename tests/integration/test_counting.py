@@ -77,7 +77,7 @@ def test_calls_with_which_graphs_are_captured_do_not_count(runtime: Runtime) -> 
     for number in range(4):
         step(runtime, 5, policy=number % 2)
     before = runtime.statistics.read()
-    with runtime.capture():
+    with runtime.capture(), runtime.graph_forward("a graph"):
         for layer in runtime.layers:
             weights, ids = torch.randn(3, NUM_EXPERTS).softmax(dim=1).topk(TOP_K)
             runtime.reroute(layer, ids.int(), weights, torch.randn(3, NUM_EXPERTS))

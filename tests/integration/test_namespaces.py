@@ -15,6 +15,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.integration import runtime
 from sglang_moe_routing.integration.hooks import request
+from sglang_moe_routing.integration.transport import Choice, pack
 
 POLICIES = """
 policies:
@@ -34,9 +35,9 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None
 
 def namespace(policy: str, group: str = "default", **given: str) -> tuple[Any, Any]:
     """What SGLang keys KV by beside its tokens."""
-    custom = {"moe_routing_policy": policy, "moe_routing_group": group}
-    req = Req("id", "text", [1, 2, 3], SamplingParams(custom_params=custom), **given)
-    request.after(None, req)
+    params = SamplingParams(custom_params=pack(None, Choice(policy, group)))
+    req = Req.__new__(Req)
+    request.around(Req.__init__, req, "id", "text", [1, 2, 3], params, **given)
     assert req.to_finish is None, req.to_finish
     return req.extra_key, req.cache_salt
 
