@@ -86,7 +86,7 @@ def test_every_runner_takes_some_id_or_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "source",
-    {source for runner in runners.RUNNERS.values() for source in runner.sources},
+    dict.fromkeys(source for runner in runners.RUNNERS.values() for source in runner.sources),
     ids=lambda source: f"{Path(source.path).name}:{source.line}",
 )
 def test_the_evidence_stands_where_it_is_said_to_stand(source: runners.Source) -> None:
