@@ -215,6 +215,7 @@ class Report:
         print(f"    {result['status']} {result.get('reason', '')}"[:4000], file=sys.stderr)
         content = {
             "ok": self.is_ok,
+            "skipped": [n for n, step in self._steps.items() if step["status"] == "skipped"],
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 1),
             **self._about,
@@ -297,6 +298,8 @@ def publish_plugin(folder: Path) -> None:
         for group, entries in project["entry-points"].items()
     ]
     (info / "entry_points.txt").write_text("\n".join(groups))
+    platform = ROOT / "sglang_moe_routing/integration/cpu_platform/distribution"
+    shutil.copytree(platform, folder / "sglang_moe_routing_cpu.egg-info")
 
 
 def describe_machine(options: Options) -> dict[str, Any]:

@@ -152,10 +152,10 @@ policies:
   other: {kind: sere, num_primary: 3, threshold: 0.1, similarity: tuned}
 ```
 
-A server reads every artifact of its config and refuses one that lacks a MoE layer of the model, has
-another number of experts, or was made for other weights than those it serves; the message says
-what differs. `allow_other_weights: true` turns the last one into a warning, for another fine-tune
-or a quantised copy of the same base.
+A server reads every artifact of its config. It refuses one that a policy uses and that lacks a MoE
+layer of the model, has another number of experts, or was made for other weights than those it
+serves; the message says what differs. `allow_other_weights: true` turns the last one into a
+warning, for another fine-tune or a quantised copy of the same base.
 
 The meaning of a `threshold` depends on the artifact's metric: 0.3 under `cosine` (which maps a
 cosine of -0.4 to 0.3) protects far less than 0.3 under `frobenius`, and under `routed` 0 already

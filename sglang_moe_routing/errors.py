@@ -84,8 +84,8 @@ def shorten(value: object) -> str:
 _REMEDIES: tuple[tuple[type[BaseException], str], ...] = (
     (
         ImportError,
-        "a package is missing, damaged or of another version; run: pip install --force-reinstall "
-        "sglang-moe-routing",
+        "a package is missing, damaged or of another version; reinstall the one that is named, or "
+        "this one with its dependencies: pip install -e . in its checkout",
     ),
     (
         PermissionError,

@@ -128,8 +128,8 @@ def _check_plugin_is_loaded(env: Mapping[str, str]) -> None:
         )
     if names.PLUGIN not in entry_points(group="sglang.srt.plugins").names:
         raise EngineError(
-            "SGLang cannot find this package's plugin; run: pip install sglang-moe-routing "
-            "(or pip install -e . in a checkout)"
+            "SGLang cannot find this package's plugin: it is not installed beside SGLang; run: pip "
+            "install -e . in its checkout"
         )
     allowed = [name.strip() for name in env.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
     if allowed and names.PLUGIN not in allowed:

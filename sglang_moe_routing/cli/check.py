@@ -73,7 +73,7 @@ def check(
         table = Table("what", "found", show_header=False)
         table.add_row("sglang", result.sglang or "not usable")
         good = sum(f.ok for f in result.findings)
-        table.add_row("hooked symbols", f"{good} of {len(result.findings)} as expected")
+        table.add_row("SGLang symbols", f"{good} of {len(result.findings)} as expected")
         table.add_row("platform", result.platform)
         kernels = f"{result.kernels} ({result.kernels_reason})" if result.kernels else "not usable"
         table.add_row("kernels", kernels)

@@ -52,10 +52,11 @@ def _inspect_kernels(result: Inspection) -> None:
 
 
 def _verify_symbols() -> Sequence[Finding]:
-    from .cpu_platform import experts, sharding
-    from .hooks import HOOKS, RELIED_ON
+    from .cpu_platform import experts, memory, sharding
+    from .hooks import FORCING_HOOKS, HOOKS, RELIED_ON
 
-    return hooking.verify([*HOOKS, sharding.HOOK, experts.HOOK, *RELIED_ON])
+    on_cpus = sharding.HOOK, experts.HOOK, *memory.HOOKS
+    return hooking.verify([*HOOKS, *FORCING_HOOKS, *on_cpus, *RELIED_ON])
 
 
 def _platform() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from typing import Any
 
 from ..errors import EngineError
 
@@ -12,15 +13,25 @@ def refuse_taken(host: str, port: int) -> None:
     """Raise `EngineError` if nobody could listen on `port` of `host` now."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in found:
-            socket.create_server(address[:2], family=family).close()
+        problems = [_problem(family, address) for family, _, _, _, address in found]
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+        problems = [error]
+    for problem in problems:
+        if problem and problem.errno == errno.EADDRINUSE:
             raise EngineError(
                 f"port {port} of {host} is in use by another process; end it, or choose another "
                 "port with --port"
-            ) from None
+            )
+    if None not in problems:  # a name may have addresses of a family that this machine lacks
         raise EngineError(
-            f"cannot listen on port {port} of {host}: {error.strerror}; choose others with --host "
-            "and --port"
-        ) from None
+            f"cannot listen on port {port} of {host}: {problems[0]}; choose others with --host and "
+            "--port"
+        )
+
+
+def _problem(family: int, address: tuple[Any, ...]) -> OSError | None:
+    try:
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        return error
+    return None

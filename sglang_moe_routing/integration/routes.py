@@ -36,8 +36,7 @@ def refuse_strangers(request: Request) -> None:
         return
     try:
         choose_group(config, config.default, authorization)
-    except RoutingRequestError as error:
-        metrics.count_rejection(error.reason)
+    except RoutingRequestError as error:  # not counted: nobody asked for tokens
         raise HTTPException(status_code=error.status, detail=str(error)) from None
 
 

@@ -168,6 +168,6 @@ def test_a_user_without_a_home_folder_is_told_what_to_set(
 
 def test_errors_of_the_environment_come_with_a_remedy() -> None:
     assert describe(PolicyError("k0: 9")) == "k0: 9"
-    assert "run: pip install" in describe(ImportError("no name x"))
+    assert "pip install -e ." in describe(ImportError("no name x"))
     assert "below HOME" in describe(PermissionError(13, "Permission denied", "/.cache"))
     assert describe(KeyError("x")) == "KeyError: 'x'"

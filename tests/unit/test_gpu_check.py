@@ -111,7 +111,9 @@ def test_sglang_finds_the_plugin_of_a_checkout_that_is_not_installed(
         "import sys\n"
         f"sys.path[:] = [{str(tmp_path)!r}, *(p for p in sys.path if 'site-packages' not in p)]\n"
         "from importlib.metadata import entry_points as find, version\n"
-        "print([e.value for e in find(group='sglang.srt.plugins')], version('sglang-moe-routing'))"
+        "for group in ('plugins', 'platforms'):\n"
+        "    print([entry.value for entry in find(group=f'sglang.srt.{group}')])\n"
+        "print(version('sglang-moe-routing'), version('sglang-moe-routing-cpu'))"
     )
     with monkeypatch.context() as patch:
         nothing = SimpleNamespace(names=frozenset[str]())
@@ -119,3 +121,4 @@ def test_sglang_finds_the_plugin_of_a_checkout_that_is_not_installed(
         gpu_check.publish_plugin(tmp_path)
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "sglang_moe_routing.integration.plugin:register" in found.stdout, found.stderr
+    assert "sglang_moe_routing.integration.plugin:activate_platform" in found.stdout
