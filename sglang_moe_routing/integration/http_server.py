@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from typing import Any
+
+from .statistics import KEY
+
+is_asked_by_us = ContextVar("is_asked_by_us", default=False)
+"""Whether the task at hand reads the schedulers' internal states for a route of ours."""
 
 
 def is_there() -> bool:
@@ -17,6 +23,15 @@ def tokenizer_manager() -> Any:
     from sglang.srt.entrypoints import http_server
 
     return http_server._global_state.tokenizer_manager
+
+
+async def scheduler_states(manager: Any) -> list[dict[str, Any]]:
+    """Our part of every scheduler's internal state, which SGLang's own routes do not show."""
+    token = is_asked_by_us.set(True)
+    try:
+        return [dict(state[KEY]) for state in await manager.get_internal_state()]
+    finally:
+        is_asked_by_us.reset(token)
 
 
 def is_own_warm_up(request: Any) -> bool:

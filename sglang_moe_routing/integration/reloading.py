@@ -24,11 +24,10 @@ from ..config import LoadedConfig, RoutingConfig, load_config
 from ..errors import KernelError, ReloadError, RoutingError
 from ..kernels import KernelTable, compile_table, unsupported, with_room
 from ..policies import PolicyTable, Sizes
-from . import environment, metrics, runtime
+from . import environment, http_server, metrics, runtime
 from .attach import check_artifacts, digests, make_table, warn_of_policies
 from .definitions import Definition, define
 from .runtime import Layer, Runtime, used_artifacts
-from .statistics import KEY
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ async def _reload(manager: Any) -> LoadedConfig:
     loaded, artifacts = await asyncio.to_thread(_read, state)
     if not all(await _send(manager, Phase.STAGE, loaded)):
         await _send(manager, Phase.DISCARD, loaded)
-        states = [reply[KEY] for reply in await manager.get_internal_state()]
+        states = await http_server.scheduler_states(manager)
         raise ReloadError("\n".join(dict.fromkeys(s[ERROR] for s in states if s[ERROR])))
     await _send(manager, Phase.COMMIT, loaded)
     state.adopt(loaded, artifacts)

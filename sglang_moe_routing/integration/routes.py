@@ -18,10 +18,9 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from ..config import bearer_key, choose_group
 from ..errors import RoutingError, RoutingRequestError
 from . import metrics, reloading, runtime
-from .http_server import tokenizer_manager
+from .http_server import scheduler_states, tokenizer_manager
 from .reloading import ERROR
 from .selecting import PolicyHeaderMiddleware
-from .statistics import KEY
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ async def list_policies() -> dict[str, Any]:
 
 async def read_statistics() -> dict[str, Any]:
     """Active experts counted since the start, summed over decode steps, per MoE layer."""
-    states = [dict(state[KEY]) for state in await tokenizer_manager().get_internal_state()]
+    states = await scheduler_states(tokenizer_manager())
     for state in states:
         del state[ERROR]
     return {"object": "list", "data": states}

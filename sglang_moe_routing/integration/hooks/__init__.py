@@ -32,6 +32,7 @@ HOOKS: tuple[Hook, ...] = (
     load_model.HOOK,
     request.HOOK,
     internal_state.HOOK,
+    internal_state.READ,
     reload.HOOK,
     *weights.HOOKS,
     generate.GENERATE,
@@ -61,10 +62,6 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.srt.sampling.sampling_params.SamplingParams.custom_params"),
     Symbol("sglang.srt.entrypoints.http_server.app"),
     Symbol("sglang.srt.entrypoints.http_server._global_state"),
-    Symbol(
-        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
-        ("self",),
-    ),
     Symbol(
         "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.set_internal_state",
         ("self", "obj"),

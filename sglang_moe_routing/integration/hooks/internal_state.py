@@ -2,13 +2,17 @@
 
 Why here: an existing round trip from the HTTP process to every scheduler, in step with the event
 loop, so that reading the counts never races with a forward.
+
+Around ``TokenizerControlMixin.get_internal_state``: SGLang's ``/server_info`` shows the whole state
+and asks for none of our API keys, so our part is kept from it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from .. import runtime
+from .. import http_server, runtime
 from ..hooking import Hook
 from ..reloading import ERROR
 from ..statistics import KEY
@@ -28,6 +32,14 @@ def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     }
 
 
+async def around_read(original: Callable[..., Any], self: Any) -> list[dict[str, Any]]:
+    states: list[dict[str, Any]] = await original(self)
+    if http_server.is_there() and not http_server.is_asked_by_us.get():
+        for state in states:
+            state.pop(KEY, None)
+    return states
+
+
 HOOK = Hook(
     target=(
         "sglang.srt.managers.scheduler_components.internal_state."
@@ -36,4 +48,11 @@ HOOK = Hook(
     parameters=("self", "recv_req"),
     kind="after",
     function=after,
+)
+READ = Hook(
+    target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
+    parameters=("self",),
+    kind="around",
+    function=around_read,
+    main_only=True,
 )
