@@ -34,7 +34,7 @@ NEUTRAL_FLAGS: Mapping[str, str] = {
         enable_ssl_refresh enable_strict_thinking enable_tokenizer_batch_encode file_storage_path
         grpc_response_timeout_secs grpc_worker_threads hf_chat_template_name host
         http2_initial_connection_window_size http2_max_concurrent_streams
-        incremental_streaming_output port preferred_sampling_params reasoning_parser
+        incremental_streaming_output port reasoning_parser
         return_input_ids return_output_ids sampling_defaults sidecar_args skip_server_warmup
         skip_tokenizer_init ssl_ca_certs ssl_certfile ssl_keyfile ssl_keyfile_password
         stream_interval stream_response_default_include_usage strip_thinking_cache tokenizer_backend

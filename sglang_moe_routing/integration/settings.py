@@ -7,11 +7,13 @@ stands in none of these tables; docs/limits.md shows those that are refused.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import BODY_KEY
 from . import environment
 from .neutral_settings import NEUTRAL_FLAGS, NEUTRAL_VARIABLES
 
@@ -40,6 +42,12 @@ ABOVE_1 = Condition("above 1", lambda number: number > 1)
 
 def other_than(default: str) -> Condition:
     return Condition(f"other than `{default}`", lambda name: name != default)
+
+
+def _name_a_policy(params: Any) -> bool:
+    given = json.loads(params) if isinstance(params, str) else params
+    custom = given.get("custom_params") if isinstance(given, dict) else None
+    return any(isinstance(where, dict) and BODY_KEY in where for where in (given, custom))
 
 
 _OTHER_RANKS = "rows of other ranks would follow unknown policies"
@@ -100,6 +108,10 @@ REFUSED_FLAGS: Mapping[str, Refusal] = {
     ),
     "enable_flexkv": Refusal(ON, _FOREIGN_CACHE),
     "radix_cache_backend": Refusal(GIVEN, _FOREIGN_CACHE),
+    "preferred_sampling_params": Refusal(
+        Condition("they name a `moe_routing_policy`", _name_a_policy),
+        "policies are not taken from there; set `default:` in the routing config",
+    ),
 }
 
 REFUSED_VARIABLES: Mapping[str, Refusal] = {

@@ -49,6 +49,7 @@ REFUSED: dict[str, Any] = {
     "enable_torch_compile": True,
     "enable_flexkv": True,
     "radix_cache_backend": "flexkv",
+    "preferred_sampling_params": '{"custom_params": {"moe_routing_policy": "fast"}}',
 }
 NOT_REFUSED = {
     "tp_size": 2,
@@ -59,6 +60,7 @@ NOT_REFUSED = {
     "ep_dispatch_algorithm": "static",
     "enable_lora": True,
     "enable_hierarchical_cache": True,
+    "preferred_sampling_params": '{"stop": "moe_routing_policy", "custom_params": {"own": 1}}',
     "json_model_override_args": '{"num_experts_per_tok": 4}',
 }
 
