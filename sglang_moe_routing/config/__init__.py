@@ -4,7 +4,9 @@ from .fit import check_policies
 from .loader import LoadedConfig, bundled_config, load_config
 from .schema import DEFAULT_GROUP, DEFAULT_HEADER, VANILLA, RoutingConfig, json_schema, model_for
 from .selection import (
+    BODY_ITEMS,
     BODY_KEY,
+    BODY_PLACES,
     GROUP_KEY,
     bearer_key,
     choose,
@@ -14,7 +16,9 @@ from .selection import (
 )
 
 __all__ = [
+    "BODY_ITEMS",
     "BODY_KEY",
+    "BODY_PLACES",
     "DEFAULT_GROUP",
     "DEFAULT_HEADER",
     "GROUP_KEY",

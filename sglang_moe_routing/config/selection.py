@@ -11,13 +11,24 @@ from ..errors import RoutingRequestError
 from .schema import DEFAULT_GROUP, NAME_PATTERN, RoutingConfig
 
 BODY_KEY = "moe_routing_policy"
-"""Key of a request body, at its top level or in an object such as `custom_params`."""
+"""Key of a request body, at its top level or in one of the objects of `BODY_PLACES`."""
+
+_PLACES = ("", "custom_params", "sampling_params", "sampling_params.custom_params")
+BODY_PLACES = (
+    *_PLACES,
+    *(f"parameters.{place}".rstrip(".") for place in _PLACES),
+    "extra_body",
+    "extra_body.custom_params",
+    "metadata",
+    "options",
+)
+"""Objects of a body in which `BODY_KEY` counts; elsewhere it is content, such as a schema's."""
+
+BODY_ITEMS = "instances"
+"""List of a body (Vertex) in whose objects `BODY_KEY` counts too."""
 
 GROUP_KEY = "moe_routing_group"
 """Key in `custom_params` that clients may not set: the server decides about groups."""
-
-BODY_DEPTH = 3
-"""Objects within objects of a body that may hold `BODY_KEY`; schemas of tools lie deeper."""
 
 
 def choose(
@@ -59,14 +70,18 @@ def choose(
     return names[0] if names else config.default
 
 
-def find_in_body(body: Mapping[str, Any], depth: int = BODY_DEPTH) -> Iterator[tuple[str, object]]:
-    """Place and value of every `BODY_KEY` among the objects of a request's body."""
-    for key, value in body.items():
-        if key == BODY_KEY:
-            yield key, value
-        elif depth and isinstance(value, dict):
-            for place, found in find_in_body(value, depth - 1):
-                yield f"{key}.{place}", found
+def find_in_body(body: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Place and value of every `BODY_KEY` that counts in a request's body."""
+    for place in BODY_PLACES:
+        found: object = body
+        for key in filter(None, place.split(".")):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping) and BODY_KEY in found:
+            yield f"{place}.{BODY_KEY}".lstrip("."), found[BODY_KEY]
+    items = body.get(BODY_ITEMS)
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, Mapping) and BODY_KEY in item:
+            yield f"{BODY_ITEMS}[].{BODY_KEY}", item[BODY_KEY]
 
 
 def bearer_key(authorization: str | None) -> str:
@@ -104,15 +119,18 @@ def choose_group(config: RoutingConfig, policy: str, authorization: str | None) 
 def split_alias(config: RoutingConfig, model: str, served_model: str) -> tuple[str, str | None]:
     """Split ``model@policy`` into the model's own name and the policy.
 
-    The served model's own name is never split. After it (or one of its LoRA adapters) every suffix
-    counts as a policy; after other names, which SGLang serves too, one that could be a policy's
-    name: taken for a part of the model's, a mistyped choice would go unnoticed.
+    The served model's own name, or the last part of its path, is never split. After it (or one of
+    its LoRA adapters) every suffix counts as a policy: taken for a part of the name, a mistyped
+    choice would go unnoticed. SGLang serves other names too; after those only a policy of the
+    config counts. Case does not matter, but to policies.
     """
+    served = served_model.lower().rstrip("/")
+    own = (served, served.rpartition("/")[2])
     base, at, policy = model.rpartition("@")
-    if model == served_model or not at:
+    if not at or model.lower() in own:
         return model, None
-    is_served = base == served_model or base.startswith(f"{served_model}:")
-    return (base, policy) if is_served or re.fullmatch(NAME_PATTERN, policy) else (model, None)
+    is_served = base.lower() in own or base.lower().startswith(tuple(f"{name}:" for name in own))
+    return (base, policy) if is_served or policy in config.names else (model, None)
 
 
 def _check(config: RoutingConfig, source: str, name: object) -> str:

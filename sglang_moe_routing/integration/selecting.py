@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Selection:
     """What one HTTP request asked for and got; travels in the ASGI scope."""
 
     body: dict[str, Any] = field(default_factory=dict)
+    named: list[tuple[str, object]] = field(default_factory=list)
     alias: str | None = None
     applied: list[str] = field(default_factory=list)
 
@@ -78,40 +80,60 @@ def select(sampling_params: Any, request: Any) -> list[Choice]:
         RoutingRequestError: the client asked for something that it cannot have.
     """
     items = sampling_params if isinstance(sampling_params, list) else [sampling_params]
-    try:
-        choices = [_choose(item, request) for item in items]
-    except RoutingRequestError as error:
-        metrics.count_rejection(error.reason)
-        raise
+    decided: dict[str, Choice] = {}
+    with _counted():
+        choices = [_choose(item, request, decided) for item in items]
     _selection(request).applied = [choice.policy for choice in choices]
     return choices
 
 
-def _choose(sampling_params: Any, request: Any) -> Choice:
-    config, selection = runtime.current().config, _selection(request)
+def _choose(sampling_params: Any, request: Any, decided: dict[str, Choice]) -> Choice:
+    """Choice of one item.
+
+    Args:
+        decided: choices by what items name: a batch may hold many, its header and body are one.
+    """
     custom = _custom_params(sampling_params)
+    named = [(f"custom_params.{BODY_KEY}", custom.get(BODY_KEY))]
+    if isinstance(sampling_params, dict):
+        named.append((f"sampling_params.{BODY_KEY}", sampling_params.get(BODY_KEY)))
+    key = repr(named)
+    if key not in decided:
+        decided[key] = _decide(named, request)
+    choice = decided[key]
+    _refuse_beam_search(sampling_params, choice.policy)
+    for given in (custom, _custom_params(_selection(request).body)):
+        if given.get(GROUP_KEY, choice.group) != choice.group:
+            raise RoutingRequestError(
+                f"custom_params.{GROUP_KEY} is set by the server; leave it out", reason="reserved"
+            )
+    return choice
+
+
+def _decide(named: list[tuple[str, object]], request: Any) -> Choice:
+    config, selection = runtime.current().config, _selection(request)
     headers = request.headers if request is not None else Headers()
     policy = choose(
         config,
         headers=[(name, value) for name in config.header for value in headers.getlist(name)],
         alias=selection.alias,
-        body=[
-            (f"custom_params.{BODY_KEY}", custom.get(BODY_KEY)),
-            *find_in_body(selection.body),
-        ],
+        body=[*named, *selection.named],
     )
-    _refuse_beam_search(sampling_params, policy)
-    if _needs_key(request):
-        authorization = request.headers.get("authorization") if request is not None else None
-        group = choose_group(config, policy, authorization)
-    else:
-        group = config.isolation.policies.get(policy, DEFAULT_GROUP)
-    for given in (custom, _custom_params(selection.body)):
-        if given.get(GROUP_KEY, group) != group:
-            raise RoutingRequestError(
-                f"custom_params.{GROUP_KEY} is set by the server; leave it out", reason="reserved"
-            )
-    return Choice(policy, group)
+    return Choice(policy, _group(policy, request))
+
+
+def _group(policy: str, request: Any) -> str:
+    config = runtime.current().config
+    if not _needs_key(request):
+        return config.isolation.policies.get(policy, DEFAULT_GROUP)
+    authorization = request.headers.get("authorization") if request is not None else None
+    return choose_group(config, policy, authorization)
+
+
+def require_key(request: Any) -> None:
+    """Ask a request that chooses no policy for its API key, as `select` does."""
+    with _as_http_error(), _counted():
+        _group(runtime.current().config.default, request)
 
 
 def _needs_key(request: Any) -> bool:
@@ -124,8 +146,23 @@ def _needs_key(request: Any) -> bool:
 
 def select_early(sampling_params: Any, request: Any) -> None:
     """Select before an endpoint starts its response, so that an error is a plain HTTP 4xx."""
-    try:
+    with _as_http_error():
         select(sampling_params, request)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    try:
+        yield
+    except RoutingRequestError as error:
+        metrics.count_rejection(error.reason)
+        raise
+
+
+@contextmanager
+def _as_http_error() -> Iterator[None]:
+    try:
+        yield
     except RoutingRequestError as error:
         raise HTTPException(status_code=error.status, detail=str(error)) from None
 
@@ -137,7 +174,9 @@ def forget_selection(request: Any) -> None:
 
 def note_body(request: Any, body: Any) -> None:
     """Remember the body of a request: SGLang's own models of it drop what they do not know."""
-    _selection(request).body = dict(body) if isinstance(body, Mapping) else {}
+    selection = _selection(request)
+    selection.body = dict(body) if isinstance(body, Mapping) else {}
+    selection.named = list(find_in_body(selection.body))
 
 
 def take_alias_of_body(served_model: str, request: Any) -> None:

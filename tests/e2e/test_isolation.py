@@ -134,6 +134,26 @@ def test_what_the_server_says_of_itself_needs_a_key(isolated: Running, path: str
     assert ask(Authorization=f"Bearer {ADMIN_KEY}") == 200
 
 
+@pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
+def test_what_sglang_says_of_itself_holds_no_statistics(isolated: Running, path: str) -> None:
+    answer = isolated.http.get(path)
+    assert answer.status_code == 200
+    (state,) = answer.json()["internal_states"]
+    assert "world_size" in state
+    assert "moe_routing" not in state
+
+
+@pytest.mark.parametrize("path", ["/encode", "/classify", "/v1/embeddings"])
+def test_embeddings_need_a_listed_key(isolated: Running, path: str) -> None:
+    sent = {"text": "The", "input": "The", "model": "demo"}
+    answer = isolated.http.post(path, json=sent)
+    assert answer.status_code == 401, answer.text
+    assert "belongs to no group" in answer.text
+    answer = isolated.http.post(path, json=sent, headers=headers("alice-key"))
+    assert answer.status_code == 400, answer.text  # the demo model embeds nothing
+    assert "embedding" in answer.text
+
+
 def test_health_needs_no_key(isolated: Running) -> None:
     assert isolated.http.get("/health_generate").status_code == 200
 

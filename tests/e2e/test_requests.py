@@ -204,11 +204,58 @@ def test_every_endpoint_honours_every_way_in_its_body(served: Running, path: str
     def send(name: str) -> httpx.Response:
         return served.http.post(path, json={**ENDPOINTS[path], **WAYS[way](name)})
 
+    is_strict = path == "/v1/responses" and "mistyped" in way  # knows the served model only
     response = send("oea-k3")
-    assert (response.status_code, response.headers.get(HEADER)) == (200, "oea-k3"), response.text
+    expected = (404, None) if is_strict else (200, "oea-k3")
+    assert (response.status_code, response.headers.get(HEADER)) == expected, response.text
     response = send("no-such")
     assert (response.status_code, response.headers.get(HEADER)) == (400, None), response.text
     assert "unknown MoE routing policy 'no-such'" in response.text
+
+
+VERTEX: dict[str, Any] = {
+    "an instance": lambda name: {"instances": [{"text": "The", "moe_routing_policy": name}] * 2},
+    "parameters": lambda name: {"parameters": {"moe_routing_policy": name}},
+    "custom_params of parameters": lambda name: {"parameters": body_policy(name)},
+    "sampling_params": lambda name: {"parameters": {"sampling_params": body_policy(name)}},
+}
+
+
+@pytest.mark.parametrize("place", VERTEX)
+def test_vertex_takes_a_policy_wherever_its_own_fields_are(served: Running, place: str) -> None:
+    def send(name: str) -> httpx.Response:
+        body = {"instances": [{"text": "The"}], "parameters": {}, **VERTEX[place](name)}
+        body["parameters"].setdefault("sampling_params", {})["max_new_tokens"] = 2
+        return served.http.post("/vertex_generate", json=body)
+
+    response = send("oea-k3")
+    assert (response.status_code, response.headers.get(HEADER)) == (200, "oea-k3"), response.text
+    response = send("no-such")
+    assert response.status_code == 400, response.text
+    assert "unknown MoE routing policy 'no-such'" in response.text
+
+
+def test_instances_of_vertex_that_differ_are_a_400(served: Running) -> None:
+    instances = [{"text": "The", "moe_routing_policy": name} for name in ("oea-k3", "vanilla")]
+    response = served.http.post("/vertex_generate", json={"instances": instances})
+    assert response.status_code == 400, response.text
+    assert "contradictory" in response.text
+
+
+@pytest.mark.parametrize("model", ["gpt@latest", "org/demo@main"])
+def test_a_foreign_model_name_with_an_at_sign_is_served(served: Running, model: str) -> None:
+    response = served.http.post(
+        "/v1/completions", json={**ENDPOINTS["/v1/completions"], "model": model}
+    )
+    assert (response.status_code, response.headers.get(HEADER)) == (200, "vanilla"), response.text
+    assert response.json()["model"] == model
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+def test_a_property_of_a_schema_is_no_choice(served: Running, path: str) -> None:
+    schema = {"type": "object", "properties": {"moe_routing_policy": {"type": "string"}}}
+    response = served.http.post(path, json={**ENDPOINTS[path], "format": schema})
+    assert (response.status_code, response.headers.get(HEADER)) == (200, "vanilla"), response.text
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -19,9 +19,9 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_moe_routing.config import load_config
+from sglang_moe_routing.config import choose, load_config
 from sglang_moe_routing.errors import EngineError
-from sglang_moe_routing.integration import metrics, runtime
+from sglang_moe_routing.integration import metrics, runtime, selecting
 from sglang_moe_routing.integration.hooks.forward_batch import POLICY_ID
 from sglang_moe_routing.integration.hooks.generate import before
 from sglang_moe_routing.integration.hooks.request import around
@@ -162,6 +162,34 @@ def test_an_embedding_says_nothing_whatever_the_client_wrote(value: Any, is_batc
     after = marked(obj, "/encode")
     (item,) = after if is_batch else [after]
     assert item["custom_params"] == {"own": 1}
+
+
+@pytest.mark.parametrize("place", ["in the params", "in an item of several"])
+def test_a_policy_beside_custom_params_counts_and_does_not_reach_sglang(place: str) -> None:
+    item = {"moe_routing_policy": "fast", "top_p": 0.5}
+    is_batch = place != "in the params"
+    after = marked(GenerateReqInput(text="a", sampling_params=[item] if is_batch else item))
+    params = after[0] if is_batch else after
+    assert unpack(params.pop("custom_params")) == (None, Choice("fast"))
+    assert params == {"top_p": 0.5}
+
+
+def test_a_batch_decides_once_for_all_items_that_name_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def count(*args: Any, **kwargs: Any) -> str:
+        asked.append(kwargs["body"])
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(selecting, "choose", count)
+    fast = {"custom_params": {"moe_routing_policy": "fast"}}
+    items = [{}, fast] * 50
+    after = marked(GenerateReqInput(text=["a"] * 100, sampling_params=items))
+    packed = [unpack(params["custom_params"])[1] for params in after]
+    assert packed == [Choice("vanilla"), Choice("fast")] * 50
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("root_path", ["", "/sgl"])

@@ -18,7 +18,7 @@ import yaml
 
 from scripts import make_reference
 from sglang_moe_routing.cli import app
-from sglang_moe_routing.config import load_config
+from sglang_moe_routing.config import BODY_ITEMS, BODY_PLACES, load_config
 from sglang_moe_routing.integration import environment, settings
 from sglang_moe_routing.kernels import native
 
@@ -92,6 +92,11 @@ def test_limits_list_exactly_the_refused_settings() -> None:
     assert {row[0].strip("`"): tuple(row[1:]) for row in rows} == {
         name: (refusal.when.text, refusal.reason) for name, refusal in refused.items()
     }
+
+
+def test_http_lists_exactly_the_places_of_a_body_that_count() -> None:
+    listed = first_cells(section(read("http.md"), "### Places in a body"))
+    assert listed | {""} == {*BODY_PLACES, f"{BODY_ITEMS}[]"}
 
 
 def test_limits_name_every_default_of_the_cpu_platform() -> None:

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from sglang_moe_routing.config import (
-    DEFAULT_HEADER as HEADER,
-)
-from sglang_moe_routing.config import (
+    BODY_PLACES,
     RoutingConfig,
     choose,
     choose_group,
     find_in_body,
     model_for,
     split_alias,
+)
+from sglang_moe_routing.config import (
+    DEFAULT_HEADER as HEADER,
 )
 from sglang_moe_routing.errors import RoutingRequestError
 from sglang_moe_routing.policies import builtin_registry
@@ -99,9 +100,15 @@ def test_refusal(given: dict[str, Any], message: str) -> None:
         ("llm@nope", ("llm", "nope")),
         ("llm:adapter@fast", ("llm:adapter", "fast")),
         ("other@fast", ("other", "fast")),
-        ("other@nope", ("other", "nope")),  # SGLang serves any name: this one was mistyped
+        ("other@private", ("other", "private")),
+        ("other@FAST", ("other@FAST", None)),
+        ("org/demo@main", ("org/demo@main", None)),
+        ("claude-sonnet-4@20250514", ("claude-sonnet-4@20250514", None)),
+        ("llm-2@latest", ("llm-2@latest", None)),
+        ("other@", ("other@", None)),
         ("LLM@fast", ("LLM", "fast")),
         ("LLM@typo", ("LLM", "typo")),
+        ("LLM:adapter@typo", ("LLM:adapter", "typo")),
         ("llm@", ("llm", "")),
         ("s3://bucket@eu/model", ("s3://bucket@eu/model", None)),
     ],
@@ -112,7 +119,16 @@ def test_alias(model: str, expected: tuple[str, str | None]) -> None:
 
 def test_served_name_with_an_at_sign_is_not_split() -> None:
     assert split_alias(CONFIG, "llm@fast", "llm@fast") == ("llm@fast", None)
+    assert split_alias(CONFIG, "LLM@fast", "llm@fast") == ("LLM@fast", None)
+    assert split_alias(CONFIG, "llm@fast", "org/llm@fast") == ("llm@fast", None)
     assert split_alias(CONFIG, "llm@fast@base", "llm@fast") == ("llm@fast", "base")
+
+
+@pytest.mark.parametrize("served", ["Org/LLM", "/models/llm/"])
+@pytest.mark.parametrize("name", ["llm", "LLM:adapter", "{served}", "{served}:adapter"])
+def test_the_last_part_of_a_path_is_the_models_name_too(served: str, name: str) -> None:
+    model = name.format(served=served.rstrip("/").lower())
+    assert split_alias(CONFIG, f"{model}@typo", served) == (model, "typo")
 
 
 @pytest.mark.parametrize(
@@ -128,15 +144,32 @@ def test_served_name_with_an_at_sign_is_not_split() -> None:
             {"parameters": {"sampling_params": {"custom_params": {"moe_routing_policy": "a"}}}},
             [("parameters.sampling_params.custom_params.moe_routing_policy", "a")],
         ),
+        (
+            {"instances": [{"moe_routing_policy": "a"}, {}, 3, {"moe_routing_policy": "b"}]},
+            [("instances[].moe_routing_policy", "a"), ("instances[].moe_routing_policy", "b")],
+        ),
+        ({"instances": {"moe_routing_policy": "a"}, "options": ["moe_routing_policy"]}, []),
         ({"messages": [{"moe_routing_policy": "a"}]}, []),
-        ({"response_format": {"json_schema": {"schema": {"properties": SCHEMA}}}}, []),
+        ({"format": {"type": "object", "properties": SCHEMA}}, []),
+        ({"response_format": {"schema": {"properties": SCHEMA}}}, []),
+        ({"output_format": {"schema": {"properties": SCHEMA}}}, []),
+        ({"chat_template_kwargs": {"moe_routing_policy": True}}, []),
+        ({"state": {"config": {"moe_routing_policy": "we use fast"}}}, []),
     ],
 )
-def test_a_policy_is_found_in_every_object_of_a_body(
+def test_a_policy_counts_in_listed_objects_of_a_body_only(
     body: dict[str, Any], expected: list[tuple[str, Any]]
 ) -> None:
     """Not in what the model is to read or to write: messages and schemas."""
     assert list(find_in_body(body)) == expected
+
+
+def test_a_policy_counts_in_every_listed_object() -> None:
+    for place in BODY_PLACES:
+        body: dict[str, Any] = {"moe_routing_policy": "a"}
+        for key in reversed(place.split(".") if place else []):
+            body = {key: body}
+        assert [value for _, value in find_in_body(body)] == ["a"], place
 
 
 def isolated(**isolation: Any) -> RoutingConfig:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...config import BODY_ITEMS, BODY_KEY
 from .. import http_server
 from ..hooking import Hook
 from ..selecting import (
@@ -26,7 +27,19 @@ from ..selecting import (
 async def around_json(original: Callable[..., Any], self: Any) -> Any:
     body = await original(self)
     note_body(self, body)
-    return body
+    return _without_choice_of_vertex(body)
+
+
+def _without_choice_of_vertex(body: Any) -> Any:
+    """SGLang makes a request of Vertex's ``parameters``, and fails on what that does not know."""
+    parameters = body.get("parameters") if isinstance(body, dict) and BODY_ITEMS in body else None
+    if not isinstance(parameters, dict):
+        return body
+    kept = {key: value for key, value in parameters.items() if key != BODY_KEY}
+    custom = kept.get("custom_params")
+    if isinstance(custom, dict) and custom.keys() == {BODY_KEY}:
+        del kept["custom_params"]  # with more in it, the error is SGLang's own
+    return {**body, "parameters": kept}
 
 
 async def around_form(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

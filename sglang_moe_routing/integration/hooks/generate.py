@@ -17,12 +17,16 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from ...config import BODY_KEY
 from .. import http_server, metrics, runtime
 from ..hooking import Hook
-from ..selecting import forget_selection, select
+from ..selecting import forget_selection, require_key, select
 from ..transport import Choice, pack, packed_policy, without_choice
 
 
 def before(self: Any, obj: Any, request: Any = None) -> None:
-    if not isinstance(obj, GenerateReqInput) or _is_health_check(obj, request):
+    if _is_health_check(obj, request):
+        _unmark(obj)
+        return
+    if not isinstance(obj, GenerateReqInput):
+        require_key(request)
         forget_selection(request)
         _unmark(obj)
         return
@@ -45,7 +49,7 @@ def _num_prompts(obj: GenerateReqInput) -> int:
     return 1
 
 
-def _is_health_check(obj: GenerateReqInput, request: Any) -> bool:
+def _is_health_check(obj: Any, request: Any) -> bool:
     if request is None or not isinstance(obj.rid, str):
         return False
     path = request.url.path.removeprefix(request.scope.get("root_path", ""))
@@ -70,6 +74,7 @@ def _mark(
         usual: the server's own sampling params, which a request that has the key overrides.
     """
     params = dict(sampling_params or {})
+    params.pop(BODY_KEY, None)  # SGLang fails on it
     given = params.get("custom_params", usual.get("custom_params"))
     params["custom_params"] = pack(given, choice)
     return params
