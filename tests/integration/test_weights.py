@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 pytest.importorskip("sglang")
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import SimilarityArtifact, save_artifact
 from sglang_moe_routing.checkpoint import Fingerprint
@@ -32,7 +37,12 @@ OTHER = ServedWeights("/other", Fingerprint("structure", "other"))
 
 
 class Request:
-    """Something that uses a policy until it is garbage."""
+    """Something that uses a policy."""
+
+    is_finished = False
+
+    def finished(self) -> bool:
+        return self.is_finished
 
 
 def load(folder: Path, policies: str, allow: str = "false") -> LoadedConfig:
@@ -82,6 +92,36 @@ def test_a_running_request_holds_up_weights_that_its_former_policy_cannot_meet(
         check_former(state.ids.in_use(), state.artifacts, OTHER)
     del request
     check_former(state.ids.in_use(), state.artifacts, OTHER)
+
+
+def test_a_finished_request_that_the_scheduler_still_holds_does_not_hold_up_weights(
+    state: Runtime, tmp_path: Path
+) -> None:
+    """The overlap scheduler keeps its last two batches, on an idle server for good."""
+    request = Request()
+    state.ids.use(state.ids.of_name["similar"], request)
+    batch = ScheduleBatch(reqs=[request])
+    scheduler = SimpleNamespace(batch_record_ct=0, batch_record_buf=[None] * 2)
+    Scheduler.record_batch_in_overlap(scheduler, batch)
+    held = weakref.ref(request)
+    del batch, request
+    adopt(state, load(tmp_path, FAST))
+    assert "a running request keeps policy 'similar'" in hook._problem(OTHER)
+    held().is_finished = True
+    assert hook._problem(OTHER) == ""
+
+
+def test_a_finished_request_keeps_its_id_from_others_until_it_is_garbage(
+    state: Runtime, tmp_path: Path
+) -> None:
+    """A forward that was launched before it finished may still read that id's policy."""
+    request = Request()
+    mine = state.ids.of_name["similar"]
+    state.ids.use(mine, request)
+    request.is_finished = True
+    for number in range(3):
+        adopt(state, load(tmp_path, f"p{number}: {{kind: topk, k0: 1}}"))
+        assert state.ids.table[mine].name == "similar"
 
 
 def test_a_reload_under_way_counts(
