@@ -114,7 +114,7 @@ REFUSED_VARIABLES: Mapping[str, Refusal] = {
 
 _RUNNER = "the expert kernels of a loaded layer are known, or it is refused"
 _ROUTER = "routers are read from the loaded model, not from its config"
-_COUNTED = "every forward and every captured graph must ask each layer once"
+_COUNTED = "every forward and every captured graph must ask each layer, always equally often"
 _GRAPHS = "the capture of decode graphs and the replay of prefill graphs are hooked"
 _KV = "a policy's namespace is part of the keys of these caches"
 
