@@ -63,7 +63,7 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     _check_experts_have_weights(model_runner.model, server_args)
     sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routers.items()}
     num_experts = {layer: size.num_experts for layer, size in sizes.items()}
-    runtime.weights = ServedWeights.at_start(server_args)
+    runtime.weights = ServedWeights.at_start(resolved_view(server_args))
     check_artifacts(runtime.loaded, runtime.artifacts, num_experts, runtime.weights)
     warn_of_policies(runtime.loaded, runtime.artifacts, sizes)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")

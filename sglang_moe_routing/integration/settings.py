@@ -152,7 +152,9 @@ HANDLED_FLAGS: Mapping[str, str] = {
     "every replica has its own batches": "dp_size load_balance_method",
     "batches mixed with prefill run without the prefill graph": "enable_mixed_chunk",
     "the platform of a model is checked when it is loaded": "device",
-    "artifacts are held to the weights that are served": "model_path revision download_dir",
+    "artifacts are held to the weights that are served": """
+        model_path revision download_dir load_format
+    """,
     "the row buffer holds the largest batch": """
         chunked_prefill_size max_prefill_tokens context_length
     """,

@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 pytest.importorskip("sglang")
+from sglang.srt.configs.load_config import LoadFormat
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.server_args import ServerArgs
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import SimilarityArtifact, save_artifact
@@ -26,7 +29,12 @@ from sglang_moe_routing.integration.definitions import define
 from sglang_moe_routing.integration.hooks import weights as hook
 from sglang_moe_routing.integration.reloading import Staged
 from sglang_moe_routing.integration.runtime import Layer, Runtime, used_artifacts
-from sglang_moe_routing.integration.weights import ServedWeights, check_former, unknown
+from sglang_moe_routing.integration.weights import (
+    CHECKPOINT_FORMATS,
+    ServedWeights,
+    check_former,
+    unknown,
+)
 from sglang_moe_routing.kernels import choose, compile_table
 from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
 
@@ -149,6 +157,25 @@ def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     found = ServedWeights.of_checkpoint(str(tmp_path))
     assert found.fingerprint is None
     assert "no safetensors checkpoint" in found.problem
+
+
+@pytest.mark.parametrize("load_format", LoadFormat, ids=lambda load_format: load_format.value)
+def test_weights_that_may_not_be_the_checkpoints_are_unknown(
+    load_format: LoadFormat, state: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a server starts with them or an update asks for them."""
+    flags = ServerArgs(model_path=str(demo.MODEL), load_format=load_format.value)
+    is_read = load_format.value in CHECKPOINT_FORMATS
+    assert (ServedWeights.at_start(flags).fingerprint is not None) == is_read
+    monkeypatch.setattr(hook, "_refusal", hook._problem)  # there is no group of ranks
+    runner = SimpleNamespace(model_config=SimpleNamespace(revision=None))
+    updater = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    request = UpdateWeightFromDiskReqInput(
+        model_path=str(demo.MODEL), load_format=load_format.value
+    )
+    answer = hook.around_disk(lambda *_: None, updater, request)
+    is_unknown = f"load format {load_format.value} may load others" in answer.message
+    assert is_unknown == (not is_read)
 
 
 def test_a_layer_follows_a_bias_that_was_replaced() -> None:
