@@ -120,10 +120,13 @@ _KV = "a policy's namespace is part of the keys of these caches"
 
 HANDLED_FLAGS: Mapping[str, str] = {
     _RUNNER: """
-        moe_runner_backend quantization flashinfer_mxfp4_moe_precision enable_lora lora_paths
-        lora_use_virtual_experts experts_shared_outer_loras enable_fused_moe_sum_all_reduce
-        kt_weight_path kt_method kt_cpuinfer kt_threadpool_count kt_num_gpu_experts
-        kt_max_deferred_experts_per_token enable_paged_experts paged_experts_num_resident
+        moe_runner_backend quantization flashinfer_mxfp4_moe_precision
+        enable_fused_moe_sum_all_reduce kt_weight_path kt_method kt_cpuinfer
+        kt_threadpool_count kt_num_gpu_experts kt_max_deferred_experts_per_token
+        enable_paged_experts paged_experts_num_resident
+    """,
+    "kernels that add adapters take what their runner takes; LoRA's own runners are refused": """
+        enable_lora lora_paths lora_use_virtual_experts experts_shared_outer_loras
     """,
     _ROUTER: """
         json_model_override_args disable_shared_experts_fusion enforce_shared_experts_fusion
