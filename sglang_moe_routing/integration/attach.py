@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from sglang.srt.arg_groups.model_override_base import resolved_view
@@ -40,6 +40,8 @@ from .refusals import replays_decode_steps
 from .runtime import LAYER, Layer, Runtime
 from .weights import ServedWeights, check_weights
 
+Module = TypeVar("Module", TopK, FusedMoE)
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +63,7 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     _check_experts_have_weights(model_runner.model, server_args)
     sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routers.items()}
     num_experts = {layer: size.num_experts for layer, size in sizes.items()}
-    runtime.weights = ServedWeights.at_start(server_args)
+    runtime.weights = ServedWeights.at_start(resolved_view(server_args))
     check_artifacts(runtime.loaded, runtime.artifacts, num_experts, runtime.weights)
     warn_of_policies(runtime.loaded, runtime.artifacts, sizes)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
@@ -117,12 +119,20 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
     biased = [name for name, m in model.named_modules() if _has_bias_per_token(m)]
     if biased:
         raise EngineError(f"{biased[0]}: a router bias that depends on the token is not supported")
-    routers = {m.layer_id: m for _, m in model.named_modules() if isinstance(m, TopK)}
-    experts = {
-        m.layer_id: m
-        for _, m in model.named_modules()
-        if isinstance(m, FusedMoE) and not m.is_shared_fused_moe
-    }
+    experts = _by_layer(
+        {
+            name: m
+            for name, m in model.named_modules()
+            if isinstance(m, FusedMoE) and not m.is_shared_fused_moe
+        }
+    )
+    routers = _by_layer(
+        {
+            name: m
+            for name, m in model.named_modules()
+            if isinstance(m, TopK) and m.layer_id in experts
+        }
+    )
     if not experts:
         raise EngineError(f"{type(model).__name__} has no MoE layers that SGLang routes")
     missing = sorted(set(experts) - set(routers))
@@ -132,6 +142,20 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
             "this model cannot be served with routing policies"
         )
     return {layer: (routers[layer], experts[layer]) for layer in sorted(experts)}
+
+
+def _by_layer(modules: Mapping[str, Module]) -> dict[int, Module]:
+    """Modules by layer id. Of two with the same one, the first would be served as it is."""
+    found: dict[int, tuple[str, Module]] = {}
+    for name, module in modules.items():
+        if module.layer_id in found:
+            raise EngineError(
+                f"{found[module.layer_id][0]} and {name} both belong to MoE layer "
+                f"{module.layer_id}: a layer with several routers or banks of experts cannot be "
+                "served with routing policies"
+            )
+        found[module.layer_id] = name, module
+    return {layer: module for layer, (_, module) in found.items()}
 
 
 def _sizes(topk: TopK, experts: FusedMoE) -> Sizes:

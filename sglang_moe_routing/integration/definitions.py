@@ -6,6 +6,7 @@ import hashlib
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig, RoutingConfig
@@ -68,6 +69,12 @@ def _cache_key(config: RoutingConfig, policy: Policy, artifact: SimilarityArtifa
     return f"{CACHE_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}|"
 
 
+class Request(Protocol):
+    """SGLang's `Req`, as far as it matters here."""
+
+    def finished(self) -> bool: ...
+
+
 class PolicyIds:
     """Gives every definition an id that stays its own as long as a request uses it.
 
@@ -79,17 +86,24 @@ class PolicyIds:
     def __init__(self, definitions: Sequence[Definition]) -> None:
         self.table: list[Definition] = list(definitions)
         self.of_name = {d.name: i for i, d in enumerate(self.table)}
-        self._users: list[weakref.WeakSet[object]] = [weakref.WeakSet() for _ in self.table]
+        self._users: list[weakref.WeakSet[Request]] = [weakref.WeakSet() for _ in self.table]
 
-    def use(self, policy_id: int, request: object) -> None:
-        """Keep `policy_id` for `request` until that is garbage."""
+    def use(self, policy_id: int, request: Request) -> None:
+        """Keep `policy_id` for `request` until that is garbage, and in no forward in flight."""
         if policy_id != VANILLA_ID:
             self._users[policy_id].add(request)
 
     def in_use(self) -> list[Definition]:
-        """What new requests may ask for, and what running ones keep."""
+        """What new requests may ask for, and what queued and running ones keep.
+
+        Not what finished ones had: SGLang holds the last batches until others come.
+        """
         in_force = set(self.of_name.values())
-        return [d for i, d in enumerate(self.table) if i in in_force or self._users[i]]
+        return [
+            d
+            for i, d in enumerate(self.table)
+            if i in in_force or any(not request.finished() for request in self._users[i])
+        ]
 
     def with_config(self, definitions: Sequence[Definition]) -> list[Definition]:
         """The table after a reload: what runs keeps its place, what is new fills the gaps."""

@@ -12,7 +12,7 @@ NEUTRAL_FLAGS: Mapping[str, str] = {
     "which weights are loaded, and how": """
         checkpoint_engine_wait_weights_before_ready decrypted_config_file
         decrypted_draft_config_file delete_ckpt_after_loading dtype engine_info_bootstrap_port
-        is_embedding kv_cache_dtype load_format model_checksum model_config_parser
+        is_embedding kv_cache_dtype model_checksum model_config_parser
         model_loader_extra_config modelexpress_config modelopt_checkpoint_restore_path
         modelopt_checkpoint_save_path modelopt_export_path modelopt_quant qsa_indexer_dtype
         quantization_param_path quantize_and_serve remote_instance_weight_loader_backend

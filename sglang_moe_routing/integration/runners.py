@@ -59,6 +59,7 @@ class Runner:
 
 
 _OPS = "sglang/kernels/ops/moe"
+_LORA_OPS = "sglang/kernels/ops/lora/moe"
 _JIT = "sglang/kernels/jit/csrc"
 _LAYERS = "sglang/srt/layers"
 _FUSED = "flashinfer/data/csrc/fused_moe"
@@ -67,6 +68,17 @@ _ROUTING = "flashinfer/data/include/flashinfer/trtllm/fused_moe/RoutingKernel.cu
 _ALIGN = (
     Source(f"{_JIT}/moe/moe_align_kernel.cu", 59, "expert_id = topk_ids[i] + 1"),
     Source(f"{_OPS}/moe_align_small_numel.py", 44, "expert -1 (EP-filtered) maps to bucket 0"),
+)
+_ADAPTERS = (  # of LoRA on experts, put in after the model was loaded and judged
+    Source("sglang/srt/lora/lora_moe_runners.py", 136, "= cur_expert"),
+    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 94, "expert_id < 0"),
+    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 198, "expert_id < 0"),
+    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 242, "expert_id < 0"),
+    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 276, "expert_id < 0"),
+    Source(f"{_LORA_OPS}/fused_moe_lora_kernel.py", 130, "if expert_id == -1"),
+    Source(f"{_LORA_OPS}/virtual_experts.py", 64, "valid_base = base >= 0"),
+    Source(f"{_LORA_OPS}/virtual_experts.py", 177, "if off_expert == -1"),
+    Source(f"{_LORA_OPS}/virtual_experts.py", 401, "valid_mask = (flat_topk_ids >= 0)"),
 )
 _TRTLLM = (
     Source(
@@ -112,6 +124,7 @@ RUNNERS: Mapping[str, Runner] = {
                 *_ALIGN,
                 Source(f"{_OPS}/fused_moe_triton_kernels.py", 461, "inactive_expert = off_experts"),
                 Source(f"{_OPS}/fused_moe_triton_kernels.py", 193, "including without EP"),
+                *_ADAPTERS,
             ),
         ),
         Runner(
@@ -144,6 +157,7 @@ RUNNERS: Mapping[str, Runner] = {
                 Source(
                     "sglang/srt/lora/lora_moe_runner_marlin.py", 195, "zero_inactive_output=True"
                 ),
+                *_ADAPTERS,
             ),
         ),
         Runner(

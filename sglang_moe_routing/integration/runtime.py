@@ -140,6 +140,8 @@ class Runtime:
     is_written: bool = False
     passed: list[tuple[int, Tensor]] | None = None
     asked: list[int] = field(default_factory=list)
+    expected: Counter[int] = field(default_factory=Counter)
+    """How often each layer asks in a forward, as the first one has shown."""
     num_captured: int = 0
     reading: threading.Lock = field(default_factory=threading.Lock)
     """Held while another thread reads the device, or graphs are captured: CUDA forbids both."""
@@ -238,18 +240,26 @@ class Runtime:
         self.num_captured += 1
 
     def check_every_layer_asked(self, name: str = "an eager forward") -> None:
-        """After a forward, graph or eager: every layer must have come by exactly once.
+        """After a forward, graph or eager: every layer must have come by, always equally often.
+
+        Most models ask each layer once; some share the experts of a layer between several places.
 
         Raises:
-            EngineError: `name` ran layers that did not, or that came twice.
+            EngineError: in `name` some layers did not, or not as often as in the first forward.
         """
-        counts = Counter(self.asked)
-        wrong = [layer.layer_id for layer in self.layers if counts[layer.index] != 1]
+        asked = Counter(self.asked)
+        expected = self.expected or asked
+        wrong = [
+            layer.layer_id
+            for layer in self.layers
+            if not asked[layer.index] or asked[layer.index] != expected[layer.index]
+        ]
         if wrong:
             raise EngineError(
                 f"in {name}, MoE layers {wrong} of {len(self.layers)} did not ask for their "
-                f"routing exactly once; {_BYPASSED}"
+                f"routing, or not as often as in the first forward; {_BYPASSED}"
             )
+        self.expected = asked
 
     def reroute(
         self, layer: Layer, topk_ids: Tensor, topk_weights: Tensor, router_logits: Tensor

@@ -126,16 +126,19 @@ REFUSED_VARIABLES: Mapping[str, Refusal] = {
 
 _RUNNER = "the expert kernels of a loaded layer are known, or it is refused"
 _ROUTER = "routers are read from the loaded model, not from its config"
-_COUNTED = "every forward and every captured graph must ask each layer once"
+_COUNTED = "every forward and every captured graph must ask each layer, always equally often"
 _GRAPHS = "the capture of decode graphs and the replay of prefill graphs are hooked"
 _KV = "a policy's namespace is part of the keys of these caches"
 
 HANDLED_FLAGS: Mapping[str, str] = {
     _RUNNER: """
-        moe_runner_backend quantization flashinfer_mxfp4_moe_precision enable_lora lora_paths
-        lora_use_virtual_experts experts_shared_outer_loras enable_fused_moe_sum_all_reduce
-        kt_weight_path kt_method kt_cpuinfer kt_threadpool_count kt_num_gpu_experts
-        kt_max_deferred_experts_per_token enable_paged_experts paged_experts_num_resident
+        moe_runner_backend quantization flashinfer_mxfp4_moe_precision
+        enable_fused_moe_sum_all_reduce kt_weight_path kt_method kt_cpuinfer
+        kt_threadpool_count kt_num_gpu_experts kt_max_deferred_experts_per_token
+        enable_paged_experts paged_experts_num_resident
+    """,
+    "kernels that add adapters take what their runner takes; LoRA's own runners are refused": """
+        enable_lora lora_paths lora_use_virtual_experts experts_shared_outer_loras
     """,
     _ROUTER: """
         json_model_override_args disable_shared_experts_fusion enforce_shared_experts_fusion
@@ -164,7 +167,9 @@ HANDLED_FLAGS: Mapping[str, str] = {
     "every replica has its own batches": "dp_size load_balance_method",
     "batches mixed with prefill run without the prefill graph": "enable_mixed_chunk",
     "the platform of a model is checked when it is loaded": "device",
-    "artifacts are held to the weights that are served": "model_path revision download_dir",
+    "artifacts are held to the weights that are served": """
+        model_path revision download_dir load_format
+    """,
     "the row buffer holds the largest batch": """
         chunked_prefill_size max_prefill_tokens context_length
     """,

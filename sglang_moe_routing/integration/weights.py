@@ -19,6 +19,14 @@ from .definitions import Definition
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_FORMATS = frozenset(
+    {
+        *("auto", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"),
+        *("layered", "bitsandbytes", "flash_rl"),
+    }
+)
+"""SGLang's load formats that read the safetensors files of a checkpoint as they lie there."""
+
 
 @dataclass(frozen=True)
 class ServedWeights:
@@ -36,9 +44,15 @@ class ServedWeights:
 
     @classmethod
     def of_checkpoint(
-        cls, model: str, revision: str | None = None, cache: str | None = None
+        cls,
+        model: str,
+        load_format: str = "auto",
+        revision: str | None = None,
+        cache: str | None = None,
     ) -> ServedWeights:
         """Those of a checkpoint as it lies on disk now: its files may change after it was read."""
+        if load_format not in CHECKPOINT_FORMATS:
+            return cls(model, problem=f"load format {load_format!s} may load others than its files")
         try:
             headers = read_headers(find_checkpoint(model, revision=revision, cache=cache))
             return cls(model, fingerprint(headers))
@@ -46,10 +60,10 @@ class ServedWeights:
             return cls(model, problem=str(error))
 
     @classmethod
-    def at_start(cls, server_args: Any) -> ServedWeights:
-        """Those that a server loads when it starts."""
+    def at_start(cls, flags: Any) -> ServedWeights:
+        """Those that a server with these flags, as SGLang resolves them, loads when it starts."""
         return cls.of_checkpoint(
-            server_args.model_path, server_args.revision, server_args.download_dir
+            flags.model_path, flags.load_format, flags.revision, flags.download_dir
         )
 
 

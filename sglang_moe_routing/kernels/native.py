@@ -94,10 +94,26 @@ def choose(backend: Backend) -> Implementation:
         if missing:
             logger.warning("the torch reference does the re-routing: %s", missing)
             return Implementation(REFERENCE, missing)
-        folder = _build(backend, architectures)
-        reason = f"compiled now in {folder}"
+        folder, reason = _build_or_find_other(backend, architectures)
     module = _load(folder, backend)
     return Implementation(_describe(backend, module), reason, module)
+
+
+def _build_or_find_other(backend: Backend, architectures: Sequence[str]) -> tuple[Path, str]:
+    """Compile; where that fails, take what other tools have compiled. The folder, and why it.
+
+    Raises:
+        KernelError: neither can be had.
+    """
+    try:
+        folder = _build(backend, architectures)
+    except KernelError as error:
+        other = _find_built(backend, architectures, of_any_tools=True)
+        if other is None:
+            raise
+        logger.warning("the %s kernels are those of other tools in %s: %s", backend, other, error)
+        return other, f"compiled by other tools in {other}"
+    return folder, f"compiled now in {folder}"
 
 
 def build_cpu() -> Path:
@@ -207,7 +223,7 @@ def _tools(backend: Backend) -> Mapping[str, str] | None:
     """What this machine compiles with, by version; None where it cannot compile.
 
     A binary of other tools may need another libcudart or C++ runtime than is here. Without tools,
-    as in a slim image, it is still the best there is.
+    as in a slim image, or where they fail, it is still the best there is.
     """
     try:
         if _missing_tools(backend):
@@ -225,7 +241,7 @@ def _version(command: str) -> str:
         done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
     except OSError:
         return ""
-    return done.stdout
+    return done.stdout.removeprefix(Path(command).name)  # GCC says how it was called
 
 
 @dataclass(frozen=True)
@@ -255,9 +271,11 @@ def _intact(folder: Path, backend: Backend) -> _Mark | None:
     return mark if mark is not None and mark.sha256 == _digest(folder, backend) else None
 
 
-def _find_built(backend: Backend, wanted: Sequence[str]) -> Path | None:
+def _find_built(
+    backend: Backend, wanted: Sequence[str], *, of_any_tools: bool = False
+) -> Path | None:
     """A folder with an intact binary, of this machine's tools, for every wanted architecture."""
-    tools = _tools(backend)
+    tools = None if of_any_tools else _tools(backend)
     for ready in sorted(cache_folder().glob(f"{backend}-{_fingerprint(backend)}-*/{_READY}")):
         mark = _intact(ready.parent, backend)
         if mark is None:
@@ -281,9 +299,7 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
     missing, tools = _missing_tools(backend), _tools(backend)
     if missing or tools is None:
         raise KernelError(f"cannot compile the {backend} kernels: {missing}")
-    toolchain = hashlib.sha256(repr(sorted(tools.items())).encode()).hexdigest()[:8]
-    name = "-".join([backend, _fingerprint(backend), toolchain, *architectures])
-    folder = cache_folder() / name
+    folder = _folder(backend, architectures, tools)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
@@ -298,6 +314,12 @@ def _build(backend: Backend, architectures: Sequence[str]) -> Path:
             f"{CHOICE}=torch does without kernels):\n{error}"
         ) from error
     return folder
+
+
+def _folder(backend: Backend, architectures: Sequence[str], tools: Mapping[str, str]) -> Path:
+    """Where a binary of these tools belongs."""
+    toolchain = hashlib.sha256(repr(sorted(tools.items())).encode()).hexdigest()[:8]
+    return cache_folder() / "-".join([backend, _fingerprint(backend), toolchain, *architectures])
 
 
 @contextmanager

@@ -335,6 +335,17 @@ def test_other_weights_are_refused_while_a_policy_leans_on_an_artifact(
         check_call(call, {"similar": {"kind": "sere", "S": 2, "rho": 0.2}}, matrices)
 
 
+def test_an_idle_server_takes_other_weights_once_a_reload_has_taken_the_policy_out(
+    server: Reloading, weights: Callable[..., httpx.Response], permuted: Path
+) -> None:
+    """Though the scheduler still holds the batch of the policy's last request, which has ended."""
+    assert server.reload(text(SERE)).status_code == 200
+    assert server.generate("similar").status_code == 200
+    assert server.reload(FIRST).status_code == 200
+    answer = weights(permuted)
+    assert answer.status_code == 200, answer.text
+
+
 def test_the_weights_of_the_artifact_are_taken(
     server: Reloading, weights: Callable[..., httpx.Response]
 ) -> None:

@@ -13,10 +13,12 @@ from torch import Tensor
 topk = pytest.importorskip("sglang.srt.layers.moe.topk")
 
 from sglang.srt.configs.shared_experts import SharedExpertsConfig  # noqa: E402
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # noqa: E402
 
 from sglang_moe_routing.errors import EngineError  # noqa: E402
 from sglang_moe_routing.integration.attach import (  # noqa: E402
     KNOWN_ROUTER_SETTINGS,
+    _routed_layers,
     make_router,
 )
 
@@ -221,3 +223,39 @@ def test_a_setting_that_nobody_has_read_passes_at_its_default_only() -> None:
     make_router(Newer(top_k=8), "layer 7")
     with pytest.raises(EngineError, match=r"layer 7: .*does not know.*: shiny 0.5"):
         make_router(Newer(top_k=8, shiny=0.5), "layer 7")
+
+
+def make_model(routers: list[int], experts: list[int]) -> torch.nn.Module:
+    """SGLang's modules for these layers, but for their contents."""
+    model = torch.nn.Module()
+    model.routers = torch.nn.ModuleList(make_module(topk.TopK, layer) for layer in routers)
+    model.experts = torch.nn.ModuleList(make_module(FusedMoE, layer) for layer in experts)
+    return model
+
+
+def make_module(kind: Any, layer: int) -> Any:
+    module = kind.__new__(kind)
+    torch.nn.Module.__init__(module)
+    module.layer_id, module.is_shared_fused_moe = layer, False
+    return module
+
+
+def test_every_layer_has_its_router_and_its_experts() -> None:
+    """Routers of other layers, as of a draft, are none of ours."""
+    model: Any = make_model([7, 1, 7, 0], [1, 0])
+    expected = {0: (model.routers[3], model.experts[1]), 1: (model.routers[1], model.experts[0])}
+    assert _routed_layers(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("routers", "experts", "named"),
+    [
+        ([0, 1, 1], [0, 1], r"routers\.1 and routers\.2"),
+        ([0, 1], [0, 0, 1], r"experts\.0 and experts\.1"),
+    ],
+)
+def test_two_modules_of_one_layer_are_refused(
+    routers: list[int], experts: list[int], named: str
+) -> None:
+    with pytest.raises(EngineError, match=f"{named} both belong to MoE layer"):
+        _routed_layers(make_model(routers, experts))

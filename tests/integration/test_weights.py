@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 pytest.importorskip("sglang")
+from sglang.srt.configs.load_config import LoadFormat
+from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.server_args import ServerArgs
+
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import SimilarityArtifact, save_artifact
 from sglang_moe_routing.checkpoint import Fingerprint
@@ -21,7 +29,12 @@ from sglang_moe_routing.integration.definitions import define
 from sglang_moe_routing.integration.hooks import weights as hook
 from sglang_moe_routing.integration.reloading import Staged
 from sglang_moe_routing.integration.runtime import Layer, Runtime, used_artifacts
-from sglang_moe_routing.integration.weights import ServedWeights, check_former, unknown
+from sglang_moe_routing.integration.weights import (
+    CHECKPOINT_FORMATS,
+    ServedWeights,
+    check_former,
+    unknown,
+)
 from sglang_moe_routing.kernels import choose, compile_table
 from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
 
@@ -32,7 +45,12 @@ OTHER = ServedWeights("/other", Fingerprint("structure", "other"))
 
 
 class Request:
-    """Something that uses a policy until it is garbage."""
+    """Something that uses a policy."""
+
+    is_finished = False
+
+    def finished(self) -> bool:
+        return self.is_finished
 
 
 def load(folder: Path, policies: str, allow: str = "false") -> LoadedConfig:
@@ -84,6 +102,36 @@ def test_a_running_request_holds_up_weights_that_its_former_policy_cannot_meet(
     check_former(state.ids.in_use(), state.artifacts, OTHER)
 
 
+def test_a_finished_request_that_the_scheduler_still_holds_does_not_hold_up_weights(
+    state: Runtime, tmp_path: Path
+) -> None:
+    """The overlap scheduler keeps its last two batches, on an idle server for good."""
+    request = Request()
+    state.ids.use(state.ids.of_name["similar"], request)
+    batch = ScheduleBatch(reqs=[request])
+    scheduler = SimpleNamespace(batch_record_ct=0, batch_record_buf=[None] * 2)
+    Scheduler.record_batch_in_overlap(scheduler, batch)
+    held = weakref.ref(request)
+    del batch, request
+    adopt(state, load(tmp_path, FAST))
+    assert "a running request keeps policy 'similar'" in hook._problem(OTHER)
+    held().is_finished = True
+    assert hook._problem(OTHER) == ""
+
+
+def test_a_finished_request_keeps_its_id_from_others_until_it_is_garbage(
+    state: Runtime, tmp_path: Path
+) -> None:
+    """A forward that was launched before it finished may still read that id's policy."""
+    request = Request()
+    mine = state.ids.of_name["similar"]
+    state.ids.use(mine, request)
+    request.is_finished = True
+    for number in range(3):
+        adopt(state, load(tmp_path, f"p{number}: {{kind: topk, k0: 1}}"))
+        assert state.ids.table[mine].name == "similar"
+
+
 def test_a_reload_under_way_counts(
     state: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +157,25 @@ def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     found = ServedWeights.of_checkpoint(str(tmp_path))
     assert found.fingerprint is None
     assert "no safetensors checkpoint" in found.problem
+
+
+@pytest.mark.parametrize("load_format", LoadFormat, ids=lambda load_format: load_format.value)
+def test_weights_that_may_not_be_the_checkpoints_are_unknown(
+    load_format: LoadFormat, state: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a server starts with them or an update asks for them."""
+    flags = ServerArgs(model_path=str(demo.MODEL), load_format=load_format.value)
+    is_read = load_format.value in CHECKPOINT_FORMATS
+    assert (ServedWeights.at_start(flags).fingerprint is not None) == is_read
+    monkeypatch.setattr(hook, "_refusal", hook._problem)  # there is no group of ranks
+    runner = SimpleNamespace(model_config=SimpleNamespace(revision=None))
+    updater = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
+    request = UpdateWeightFromDiskReqInput(
+        model_path=str(demo.MODEL), load_format=load_format.value
+    )
+    answer = hook.around_disk(lambda *_: None, updater, request)
+    is_unknown = f"load format {load_format.value} may load others" in answer.message
+    assert is_unknown == (not is_read)
 
 
 def test_a_layer_follows_a_bias_that_was_replaced() -> None:

@@ -171,6 +171,38 @@ def test_a_binary_of_another_compiler_is_built_anew_where_there_is_one(
     assert native._find_built("cpu", ()) == folder
 
 
+@needs_compiler
+@pytest.mark.parametrize("problem", ["a compiler that fails", "a cache that takes no folder"])
+def test_where_nothing_can_be_built_the_binary_of_another_compiler_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    """A prebuilt one, as in an image whose compiler was changed or whose cache is read-only."""
+    folder = copied(tmp_path)
+    other = tmp_path / "other-compiler"
+    other.write_text('#!/bin/sh\n[ "$1" = --version ] && echo other 1.0 || exit 1\n')
+    other.chmod(0o755)
+    if problem == "a cache that takes no folder":
+        monkeypatch.setenv(native.CACHE, str(folder.parent))
+        monkeypatch.setenv("CXX", str(other))
+        native._folder("cpu", (), native._tools("cpu") or {}).write_text("a file")
+    done = in_new_process(CHOOSE, tmp_path, CXX=str(other))
+    assert f"| compiled by other tools in {folder}\n" in done.stdout, done.stderr
+    assert done.stdout.startswith("cpu ")
+    assert f"the cpu kernels are those of other tools in {folder}: compiling" in done.stderr
+
+
+@needs_compiler
+def test_a_compiler_is_the_same_by_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(tmp_path)
+    monkeypatch.setenv(native.CACHE, str(folder.parent))
+    link = tmp_path / "some-name"
+    link.symlink_to(str(shutil.which(os.environ.get("CXX", "c++"))))
+    monkeypatch.setenv("CXX", str(link))
+    assert native._find_built("cpu", ()) == folder
+
+
 @pytest.mark.parametrize("given", ["", "/nowhere"])
 def test_a_cuda_home_without_a_toolkit_does_not_hide_what_is_built(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str

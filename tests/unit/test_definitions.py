@@ -12,7 +12,12 @@ from sglang_moe_routing.policies import Vanilla
 
 
 class Request:
-    """Something that uses a policy until it is garbage."""
+    """Something that uses a policy."""
+
+    is_finished = False
+
+    def finished(self) -> bool:
+        return self.is_finished
 
 
 def load(folder: Path, policies: str, more: str = "") -> LoadedConfig:

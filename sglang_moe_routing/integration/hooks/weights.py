@@ -6,7 +6,9 @@ here: every such request reaches every tensor-parallel rank here, between two fo
 answered from here.
 
 A similarity artifact was made for certain weights; an update under which a policy would go on with
-an artifact of others is refused, on all ranks or on none.
+an artifact of others is refused, on all tensor-parallel ranks or on none. Data-parallel replicas do
+not ask each other: one may refuse what another takes. The client is told of a failure, and has to
+repeat the update until all have taken it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from .reload import FOLLOWER
 
 def around_disk(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     revision = self.tp_worker.model_runner.model_config.revision
-    new = ServedWeights.of_checkpoint(recv_req.model_path, revision)
+    new = ServedWeights.of_checkpoint(recv_req.model_path, recv_req.load_format, revision)
     problem = _refusal(new)
     if problem:
         return UpdateWeightFromDiskReqOutput(success=False, message=problem, num_paused_requests=0)
