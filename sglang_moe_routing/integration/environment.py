@@ -12,8 +12,8 @@ CONFIG = "SGLANG_MOE_ROUTING_CONFIG"
 """Path of the routing config. Unset: the plugin leaves SGLang alone."""
 
 CONFIG_SHA256 = "SGLANG_MOE_ROUTING_CONFIG_SHA256"
-"""Set while the main process launches an engine: digest of the config, which every process of that
-engine must find again."""
+"""Set in the processes of an engine but the main one: digest of the config, which they must find
+again."""
 
 RELOAD_TOKEN = "_MOE_ROUTING_RELOAD_TOKEN"  # noqa: S105  # a name, not a secret
 """Set by the main process: secret that marks its reload requests to the schedulers."""

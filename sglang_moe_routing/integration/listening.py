@@ -30,8 +30,14 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 def _problem(family: int, address: tuple[Any, ...]) -> OSError | None:
+    """As `socket.create_server`, which drops the scope of an IPv6 address (`fe80::1%eth0`)."""
     try:
-        socket.create_server(address[:2], family=family).close()
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+            listener.listen()
     except OSError as error:
         return error
     return None

@@ -2,10 +2,10 @@
 
 SGLang may load plugins as late as inside `Engine._launch_subprocesses`, where `launch_server` is
 called as a function. What every way of starting must have hangs on functions that SGLang looks up
-after that: `ServerArgs.check_server_args` before any process is spawned, `_scheduler_died_error`
-where one ends too soon, `_setup_and_run_http_server` before the app starts. The hooks of the
-functions that may have been entered already, `_launch_subprocesses` and `launch_server`, hold only
-what matters where plugins are loaded first.
+after that: `ServerArgs.check_server_args` before any process is spawned, the functions that spawn
+them, `_scheduler_died_error` where one ends too soon, `_setup_and_run_http_server` before the app
+starts. The hook of `launch_server`, which may have been entered already, holds only what matters
+where plugins are loaded first.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ INTERRUPTED = 130
 def before_check(server_args: Any) -> None:
     refuse_unsupported(server_args)
     metrics.enable(bool(server_args.enable_metrics))
+
+
+def around_spawn(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The digest marks the processes of an engine, and those that they start in turn.
+
+    What a script starts before or after, engines of its own perhaps, must not inherit it.
+    """
     os.environ[environment.CONFIG_SHA256] = runtime.current().loaded.sha256
-
-
-def around_launch(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Processes that a script starts later are not of this engine: they read the config anew."""
     try:
         return original(*args, **kwargs)
     finally:
@@ -122,19 +125,24 @@ CHECK = Hook(
     function=before_check,
     main_only=True,
 )
-LAUNCH = Hook(
-    target="sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
+SCHEDULERS = Hook(
+    target="sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
     parameters=(
         "cls",
         "server_args",
-        "init_tokenizer_manager_func",
-        "run_scheduler_process_func",
-        "run_detokenizer_process_func",
         "port_args",
+        "run_scheduler_process_func",
         "placement_group",
     ),
     kind="around",
-    function=around_launch,
+    function=around_spawn,
     main_only=True,
 )
-HOOKS = (CHECK, LAUNCH, DEATH, HTTP, LAUNCH_SERVER)
+DETOKENIZERS = Hook(
+    target="sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses",
+    parameters=("cls", "server_args", "port_args", "run_detokenizer_process_func"),
+    kind="around",
+    function=around_spawn,
+    main_only=True,
+)
+HOOKS = (CHECK, SCHEDULERS, DETOKENIZERS, DEATH, HTTP, LAUNCH_SERVER)
