@@ -135,7 +135,7 @@ def test_real_answers_that_were_not_asked_for_are_problems(
 
 
 def test_an_answer_whose_body_names_another_policy_is_a_problem() -> None:
-    body = {"metadata": {"moe_routing_policy": "vanilla"}, "choices": []}
+    body = {"sglext": {"moe_routing_policy": "vanilla"}, "choices": []}
     reply = answers.Reply(status=200, policy="oea-k3", bodies=[body])
     found = answers.judge(asked("/v1/completions", stream=False), reply)
     assert found == ["body names policy 'vanilla' instead of 'oea-k3'"]
