@@ -71,6 +71,7 @@ if __name__ == "__main__":
         url = f"http://127.0.0.1:{server.server_args.port}"
         print("FOUND", json.dumps({name: ask(url, config)}), flush=True)
         server.shutdown()
+        flags.pop("port", None)  # `Runtime` looks for one itself, but only below 40000
 """
 
 FUNCTION = """

@@ -25,3 +25,12 @@ def test_plugin_and_platform_are_distributions_of_their_own_in_one_wheel() -> No
     assert metadata["Version"] == project["project"]["version"]
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert included[str(PLATFORM.relative_to(ROOT))].endswith(".egg-info")
+
+
+def test_the_audit_asks_no_index_for_the_platform() -> None:
+    """The name is on no index of ours: advisories of another's package would be taken for it."""
+    metadata = Parser().parsestr((PLATFORM / "PKG-INFO").read_text())
+    assert (
+        f"freeze --exclude-editable --exclude {metadata['Name']} |"
+        in (ROOT / "scripts/audit.sh").read_text()
+    )
