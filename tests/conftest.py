@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # the groups are read in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file stays in one process; so do all that start servers: ports and memory are scarce."""
     for item in items:
