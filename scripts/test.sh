@@ -8,5 +8,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 install test
 say "running the tests"
 cd "$root"
-[ $# -gt 0 ] || set -- -n 2 --dist loadgroup --durations 30
+[ $# -gt 0 ] || set -- -n 2 --durations 30
 exec "$venv/bin/python" -m pytest "$@"

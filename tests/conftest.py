@@ -1,16 +1,19 @@
-"""How the tests share a machine: two processes, of which one alone starts servers."""
+"""How the tests share a machine: two processes, one of which starts servers (scripts/test.sh)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 
-@pytest.hookimpl(tryfirst=True)  # the groups are read in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Scheduler(LoadScopeScheduling):
     """A file stays in one process; so do all that start servers: ports and memory are scarce."""
-    for item in items:
-        path = item.path.relative_to(Path(__file__).parent)
-        group = path.parts[0] if path.parts[0] == "e2e" else str(path)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "e2e" if path.startswith("tests/e2e/") else path
+
+
+@pytest.hookimpl
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduler:
+    return Scheduler(config, log)
