@@ -319,7 +319,7 @@ def test_graph_padding_adds_no_expert(graphed: Running, similarity: dict[int, np
 
 
 def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
-    calls = graphed.record(lambda: generate_all(graphed.url, ["vanilla"] * 5))
+    calls = graphed.record(lambda: generate_all(graphed.url, ["vanilla"] * 5, 48))
     padded = [call for call in calls if call["rows"].count(None) == 3]
     assert padded
     for call in padded:
