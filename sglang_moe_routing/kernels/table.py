@@ -14,6 +14,7 @@ from ..policies import OEA, SERE, Budget, Policy, PolicyTable, Router, TopK, Van
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
 MAX_GROUPS = 32
+
 _KINDS: dict[type[Policy], int] = {Vanilla: 0, TopK: 1, OEA: 2, SERE: 3, Budget: 4}
 _INT32_WORDS = {
     "k0": 1,
