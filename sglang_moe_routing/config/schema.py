@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema
 
 from ..errors import shorten
 from ..policies import Policy, PolicyRegistry, Vanilla
-from ..policies.base import StrictModel
+from ..policies.rule import StrictModel
 
 VANILLA = "vanilla"
 DEFAULT_HEADER = "X-MoE-Routing-Policy"

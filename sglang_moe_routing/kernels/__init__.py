@@ -1,6 +1,7 @@
 """Compiled kernels for the re-routing: built on first use, chosen once, called as torch ops."""
 
 from ..policies import MAX_ROWS
+from .limits import MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, beyond_limits, written_in_torch
 from .native import (
     CACHE,
     CHOICE,
@@ -12,26 +13,25 @@ from .native import (
     choose,
 )
 from .ops import fused, fused_out, refine, refine_out, workspace
-from .table import KernelTable, Room, compile_table, unsupported, with_room
 
 __all__ = [
     "CACHE",
     "CHOICE",
+    "MAX_EXPERTS",
+    "MAX_GROUPS",
     "MAX_ROWS",
+    "MAX_TOP_K",
     "REFERENCE",
     "TARGET_ARCHITECTURES",
     "Implementation",
-    "KernelTable",
-    "Room",
+    "beyond_limits",
     "build_cpu",
     "build_cuda",
     "choose",
-    "compile_table",
     "fused",
     "fused_out",
     "refine",
     "refine_out",
-    "unsupported",
-    "with_room",
     "workspace",
+    "written_in_torch",
 ]

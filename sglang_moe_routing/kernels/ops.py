@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..policies import FreeSlots, Router
+from ..policies import FreeSlots, PolicyTable, Router
 from . import native
-from .table import KernelTable
 
 ONE_LAUNCH_ROWS = 16
 """Up to so many rows a CUDA call is one launch; beyond it is two, which need a workspace."""
 
-WORKSPACE_WORDS = 73728
+WORKSPACE_WORDS = 147456
 """Elements of the int32 workspace."""
 
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
@@ -59,7 +58,7 @@ def refine(
     topk_ids: Tensor,
     topk_weights: Tensor,
     policy_ids: Tensor,
-    table: KernelTable,
+    table: PolicyTable,
     router: Router,
     *,
     gates: Tensor | None = None,
@@ -105,7 +104,7 @@ def refine_out(
     topk_ids: Tensor,
     topk_weights: Tensor,
     policy_ids: Tensor,
-    table: KernelTable,
+    table: PolicyTable,
     router: Router,
     *,
     out_ids: Tensor,
@@ -139,7 +138,7 @@ def refine_out(
 def fused(
     logits: Tensor,
     policy_ids: Tensor,
-    table: KernelTable,
+    table: PolicyTable,
     router: Router,
     top_k: int,
     *,
@@ -168,7 +167,7 @@ def fused(
 def fused_out(
     logits: Tensor,
     policy_ids: Tensor,
-    table: KernelTable,
+    table: PolicyTable,
     router: Router,
     *,
     out_ids: Tensor,
@@ -202,7 +201,7 @@ def _refine_arguments(
     topk_ids: Tensor,
     topk_weights: Tensor,
     policy_ids: Tensor,
-    table: KernelTable,
+    table: PolicyTable,
     router: Router,
     free_slots: FreeSlots,
 ) -> tuple[Any, ...]:
@@ -214,7 +213,7 @@ def _refine_arguments(
         topk_ids,
         topk_weights,
         policy_ids,
-        table.policies,
+        table.words,
         table.similarity,
         _GIVEN if is_given else _SCORINGS[router.scoring],
         1 if is_given else router.num_groups,
@@ -228,7 +227,7 @@ def _refine_arguments(
 def _fused_arguments(
     logits: Tensor,
     policy_ids: Tensor,
-    table: KernelTable,
+    table: PolicyTable,
     router: Router,
     free_slots: FreeSlots,
 ) -> tuple[Any, ...]:
@@ -237,7 +236,7 @@ def _fused_arguments(
     return (
         logits,
         policy_ids,
-        table.policies,
+        table.words,
         table.similarity,
         _SCORINGS[router.scoring],
         router.renormalize,

@@ -24,7 +24,8 @@ from sglang_moe_routing.policies import (
     Router,
     build_table,
 )
-from sglang_moe_routing.policies.base import CountSchedule, Engagement
+from sglang_moe_routing.policies import Engagement
+from sglang_moe_routing.policies.schedule import CountSchedule
 from tests import oracles
 from tests.cases import (
     BUDGET_5,
