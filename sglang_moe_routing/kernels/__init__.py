@@ -1,4 +1,4 @@
-"""Compiled kernels for the re-routing: built on first use, chosen once, called as torch ops."""
+"""Compiled kernels for the re-routing: built on first use, chosen once."""
 
 from ..policies import MAX_ROWS
 from .native import (
@@ -11,7 +11,7 @@ from .native import (
     build_cuda,
     choose,
 )
-from .ops import fused, fused_out, refine, refine_out, workspace
+from .ops import refine, refine_out, workspace
 from .table import KernelTable, Room, compile_table, unsupported, with_room
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "build_cuda",
     "choose",
     "compile_table",
-    "fused",
-    "fused_out",
     "refine",
     "refine_out",
     "unsupported",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_moe_routing.kernels import KernelTable, compile_table, fused_out, refine_out, workspace
+from sglang_moe_routing.kernels import KernelTable, compile_table, refine_out, workspace
 from sglang_moe_routing.policies import (
     OEA,
     PAD,
@@ -170,12 +170,9 @@ def make_tables() -> tuple[PolicyTable, KernelTable]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 65, 200, 1500])
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [*(("refine", name) for name in ROUTERS), ("fused", "softmax"), ("fused", "sigmoid")],
-)
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_captured_call_follows_new_rows_and_policies(
-    op: str, num_rows: int, name: str, dtype: str
+    num_rows: int, name: str, dtype: str
 ) -> None:
     """Static buffers, new contents, no Python at replay; one launch and two."""
     router = ROUTERS[name]
@@ -183,13 +180,8 @@ def test_a_captured_call_follows_new_rows_and_policies(
     buffers = Buffers.of(num_rows, DTYPES[dtype])
 
     def call() -> None:
-        if op == "fused":
-            fused_out(buffers.logits, buffers.policy_ids, kernel_table, router, **buffers.out)
-        else:
-            choice = (buffers.topk_ids, buffers.topk_weights)
-            refine_out(
-                buffers.logits, *choice, buffers.policy_ids, kernel_table, router, **buffers.out
-            )
+        choice = (buffers.topk_ids, buffers.topk_weights, buffers.policy_ids)
+        refine_out(buffers.logits, *choice, kernel_table, router, **buffers.out)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

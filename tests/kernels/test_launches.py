@@ -30,7 +30,9 @@ def test_one_launch_in_the_decode_range_and_two_beyond(
         for policy_id in (-1, 0, 1):
             policy_ids = torch.full((num_rows,), policy_id, dtype=torch.int32)
             scores = torch.randn(num_rows, 128).to(dtype)
-            outcome = driver.run(scores, policy_ids, table, top_k=4)
+            ids = torch.arange(4, dtype=torch.int32).expand(num_rows, 4).contiguous()
+            weights = torch.full((num_rows, 4), 0.25)
+            outcome = driver.run(scores, policy_ids, table, ids, weights)
             assert outcome.num_launches == num_launches
     finally:
         driver.close()

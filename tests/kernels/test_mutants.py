@@ -335,7 +335,7 @@ def faint() -> Call:
         [budget], layer=0, top_k=2, num_experts=N, similarity=similarity, artifacts=["a"]
     )
     ids = torch.tensor([[1, 0]], dtype=torch.int32).expand(6, -1).contiguous()
-    return Call(logits, torch.zeros(6).int(), table, Router(), 2, ids, torch.full((6, 2), 0.5))
+    return Call(logits, torch.zeros(6).int(), table, Router(), ids, torch.full((6, 2), 0.5))
 
 
 def with_garbage(case: Case) -> Case:
@@ -357,10 +357,9 @@ def repeating(call: Call) -> Call:
     return replace(call, free_slots=FreeSlots.REPEAT_FIRST)
 
 
-def fused(case: Case) -> Call:
-    call = call_of(case)
-    router = Router(renormalize=False, scale=2.0)
-    return replace(call, router=router, topk_ids=None, topk_weights=None, gates=None)
+def from_logits(case: Case) -> Call:
+    """The scores taken for router logits."""
+    return replace(call_of(case), router=Router(renormalize=False, scale=2.0), gates=None)
 
 
 def routed(case: Case, router: Router) -> Call:
@@ -381,7 +380,7 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
         for seed in range(3)
     }
     found = {name: call_of(case) for name, case in small.items()}
-    found |= {f"fused, {name}": fused(case) for name, case in small.items()}
+    found |= {f"logits, {name}": from_logits(case) for name, case in small.items()}
     case = small[f"seed 0, {float32}"]
     found["steps"] = stepped(case)
     found["garbage"] = call_of(with_garbage(case))

@@ -1,10 +1,9 @@
-"""The operators as torch sees them: schemas, fake tensors, compilation, and clear errors."""
+"""The compiled re-routing as Python calls it: clear errors, room for reloads, sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from sglang_moe_routing.kernels import (
     Room,
     choose,
     compile_table,
-    fused,
-    fused_out,
     ops,
     refine,
     refine_out,
@@ -29,7 +26,6 @@ from sglang_moe_routing.policies import (
     OEA,
     Budget,
     Engagement,
-    FreeSlots,
     Policy,
     Router,
     TopK,
@@ -67,31 +63,6 @@ def inputs(device: str = "cpu") -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def refine_arguments(device: str) -> tuple[Any, ...]:
-    given, table = inputs(device), make_table(device)
-    choice = (given["topk_ids"], given["topk_weights"], given["policy_ids"])
-    return (
-        given["scores"],
-        None,
-        None,
-        *choice,
-        table.policies,
-        table.similarity,
-        0,
-        1,
-        1,
-        True,
-        1.0,
-        int(FreeSlots.IGNORED),
-    )
-
-
-def fused_arguments(device: str) -> tuple[Any, ...]:
-    given, table = inputs(device), make_table(device)
-    rows = (given["scores"], given["policy_ids"], table.policies, table.similarity)
-    return (*rows, 0, True, 1.0, int(FreeSlots.IGNORED))
-
-
 def outputs(device: str) -> dict[str, Tensor | None]:
     return {
         "out_ids": torch.empty(NUM_TOKENS, TOP_K, dtype=torch.int32, device=device),
@@ -100,45 +71,6 @@ def outputs(device: str) -> dict[str, Tensor | None]:
         "statistics": torch.zeros(6, dtype=torch.int64, device=device),
         "workspace": None,
     }
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["refine", "refine_out", "fused", "fused_out"])
-def test_operators_keep_torchs_rules(name: str, device: str) -> None:
-    """Schema, fake implementation and dispatch agree, as torch's own check of operators sees it."""
-    arguments = refine_arguments(device) if name.startswith("refine") else fused_arguments(device)
-    statistics = torch.zeros(6, dtype=torch.int64, device=device)
-    op = getattr(torch.ops.sglang_moe_routing, name).default
-    if name.endswith("_out"):
-        torch.library.opcheck(op, arguments, outputs(device))
-    elif name == "refine":
-        torch.library.opcheck(op, (*arguments, statistics))
-    else:
-        torch.library.opcheck(op, (*arguments, TOP_K, statistics))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_model_around_them_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    given, table, router = inputs(device), make_table(device), Router()
-
-    def model(scores: Tensor, ids: Tensor, weights: Tensor, policy_ids: Tensor) -> Tensor:
-        _, refined, _ = refine(scores * 2, ids, weights, policy_ids, table, router)
-        chosen, chosen_weights, _ = fused(scores * 2, policy_ids, table, router, TOP_K)
-        return refined.sum(dim=1) + (chosen * chosen_weights).sum(dim=1)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(*given.values()), model(*given.values()))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_dispatched_and_direct_calls_are_the_same(device: str) -> None:
-    given = inputs(device)
-    direct = refine(**given, table=make_table(device), router=Router())
-    dispatched = torch.ops.sglang_moe_routing.refine.default(*refine_arguments(device), None)
-    for left, right in zip(direct, dispatched, strict=True):
-        assert torch.equal(left, right)
 
 
 def test_statistics_are_added_to() -> None:
@@ -154,10 +86,16 @@ def with_changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[], 
     return lambda: refine(**given, table=make_table(), router=Router())
 
 
-def choose_among(num_experts: int, top_k: int) -> object:
-    scores = torch.zeros(NUM_TOKENS, num_experts)
-    table = make_table(num_experts=num_experts)
-    return fused(scores, inputs()["policy_ids"], table, Router(), top_k)
+def of_size(num_tokens: int, num_experts: int, top_k: int) -> Callable[[], object]:
+    ids = torch.zeros(num_tokens, top_k, dtype=torch.int32)
+    return lambda: refine(
+        torch.zeros(num_tokens, num_experts),
+        ids,
+        ids.float(),
+        ids[:, 0],
+        make_table(num_experts=num_experts),
+        Router(),
+    )
 
 
 BAD_CALLS = {
@@ -183,23 +121,10 @@ BAD_CALLS = {
         router=Router(),
         statistics=torch.zeros(4, dtype=torch.int64),
     ),
-    "out_ids: expected a top_k of 1 to 16": lambda: fused(
-        inputs()["scores"].repeat(1, 2),
-        inputs()["policy_ids"],
-        make_table(num_experts=32),
-        Router(),
-        17,
-    ),
-    "scores: expected at most 65535 rows": lambda: fused(
-        torch.zeros(MAX_ROWS + 1, NUM_EXPERTS),
-        torch.zeros(MAX_ROWS + 1, dtype=torch.int32),
-        make_table(),
-        Router(),
-        TOP_K,
-    ),
-    "scores: expected 1 to 512 experts": lambda: fused(
-        torch.zeros(6, 513), inputs()["policy_ids"], make_table(num_experts=513), Router(), 4
-    ),
+    "topk_ids: expected a top_k of 1 to 16": of_size(NUM_TOKENS, 32, 17),
+    "topk_ids: expected a top_k of at most the number": of_size(NUM_TOKENS, 4, 5),
+    "scores: expected at most 65535 rows": of_size(MAX_ROWS + 1, NUM_EXPERTS, TOP_K),
+    "scores: expected 1 to 512 experts": of_size(NUM_TOKENS, 513, TOP_K),
 }
 
 
@@ -216,7 +141,9 @@ def test_the_demand_of_the_most_rows_does_not_overflow() -> None:
     logits = torch.zeros(MAX_ROWS, NUM_EXPERTS)
     logits[:, 7] = 1.0
     logits[0, 3] = 2.0
-    _, _, union = fused(logits, torch.zeros(MAX_ROWS, dtype=torch.int32), table, Router(), 1)
+    ids = logits.argmax(dim=1, keepdim=True)
+    plan = torch.zeros(MAX_ROWS, dtype=torch.int32)
+    _, _, union = refine(logits, ids, torch.ones(MAX_ROWS, 1), plan, table, Router())
     assert union.nonzero().tolist() == [[7]]
 
 
@@ -239,14 +166,7 @@ def test_outputs_are_checked_too() -> None:
         refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
     out = outputs("cpu") | {"out_ids": torch.empty(TOP_K, NUM_TOKENS, dtype=torch.int32).T}
     with pytest.raises(ValueError, match="out_ids: expected adjacent elements"):
-        fused_out(given["scores"], given["policy_ids"], make_table(), Router(), **out)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("router", [Router(num_groups=2), Router(bias=torch.zeros(NUM_EXPERTS))])
-def test_the_fused_form_refuses_routers_that_it_cannot_replace(router: Router) -> None:
-    given = inputs()
-    with pytest.raises(KernelError, match="without bias and groups"):
-        fused(given["scores"], given["policy_ids"], make_table(), router, TOP_K)
+        refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
 
 
 class Mine(TopK):
