@@ -330,9 +330,7 @@ def keep_off_close_demands(case: Case, rtol: float = DEMAND_RTOL) -> Case:
     and the first that it leaves out are not told apart by rounding. Equal demands stay."""
     live = {case.row_specs[b] for b in case.live}
     budgets = [
-        index
-        for index, spec in enumerate(case.specs)
-        if index in live and _asks(spec, case.top_k)
+        index for index, spec in enumerate(case.specs) if index in live and _asks(spec, case.top_k)
     ]
     if not budgets:
         return case

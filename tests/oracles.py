@@ -220,7 +220,11 @@ def reroute(
         numbers = numbers_of(policy)
         cut = min(numbers["k_max"], numbers["max_rank"]) < k
         whole = sorted(topk_ids[b].tolist()) == sorted(order[b][:k])  # each there, and once
-        if whole and union.issuperset(topk_ids[b].tolist()) and (numbers["rho"] is not None or not cut):
+        if (
+            whole
+            and union.issuperset(topk_ids[b].tolist())
+            and (numbers["rho"] is not None or not cut)
+        ):
             ids[b], weights[b] = topk_ids[b], topk_weights[b]
             continue
         if numbers["rho"] is not None:

@@ -12,7 +12,7 @@ using bindings::Optional;
 using bindings::TensorView;
 
 void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView> bias,
-             Optional<TensorView> topk_ids, Optional<TensorView> topk_weights,
+             TensorView topk_ids, TensorView topk_weights,
              TensorView policy_ids, TensorView policies, TensorView similarity, TensorView out_ids,
              TensorView out_weights, TensorView out_union, Optional<TensorView> statistics,
              Optional<TensorView> workspace, int64_t scoring, int64_t num_groups,

@@ -1,4 +1,4 @@
-"""Time of the re-routing operators beside the engine's top-k and the torch reference."""
+"""Time of the re-routing beside the engine's top-k and the torch reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..kernels import choose, compile_table, fused_out, refine_out, workspace
+from ..kernels import choose, refine_out, workspace
 from ..policies import OEA, SERE, Policy, Router, TopK, Vanilla, build_table, reroute
 
 MIN_ROUND_S = 2e-3
@@ -28,7 +28,7 @@ Call = Callable[[], Any]
 class Timing:
     """Medians over rounds, microseconds per call.
 
-    `refine` comes after the engine's top-k and adds to it; `fused` takes its place.
+    `refine` comes after the engine's top-k and adds to it.
     `spread_us` is the distance between the quartiles of the operator's rounds.
     """
 
@@ -83,7 +83,7 @@ def _measure(
         for name, timer in timers.items():
             samples[name].append(timer())
     medians = {name: round(statistics.median(values), 2) for name, values in samples.items()}
-    for op in ("fused", "refine"):
+    for op in ("refine",):
         quartiles = statistics.quantiles(samples[op], n=4)
         yield Timing(
             op=op,
@@ -124,7 +124,6 @@ def _calls(
         artifacts=[None, None, None, "random"],
         device=device,
     )
-    kernel_table = compile_table(table)
     policy_ids = (torch.arange(num_rows) % len(policies)).int().to(device)
     engine = _engine_topk(logits, top_k)
     weights, ids = engine()
@@ -142,8 +141,7 @@ def _calls(
 
     return {
         "engine": engine,
-        "fused": lambda: fused_out(logits, policy_ids, kernel_table, router, **out),
-        "refine": lambda: refine_out(logits, ids, weights, policy_ids, kernel_table, router, **out),
+        "refine": lambda: refine_out(logits, ids, weights, policy_ids, table, router, **out),
         "reference": reference,
     }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig
 from ..errors import EngineError
-from ..kernels import MAX_ROWS, KernelTable, refine_out, workspace
+from ..kernels import MAX_ROWS, refine_out, workspace
 from ..policies import FreeSlots, PolicyTable, Router, reroute
 from ..similarity import load_similarities
 from . import environment
@@ -46,7 +46,8 @@ class Layer:
         num_experts: routed experts, shared and redundant ones not counted.
         top_k: routed experts per token.
         free_slots: the id that the layer's MoE runner takes in slots without an expert.
-        kernel_table: `table` for the compiled kernels; None where the torch reference serves.
+        has_kernels: whether compiled kernels hold a layer of this size; else, and while some
+            policy is written in torch, the torch reference serves.
         union: bool ``[num_experts]``, where the kernels leave the union of a call.
     """
 
@@ -57,8 +58,19 @@ class Layer:
     router: Router
     free_slots: FreeSlots
     table: PolicyTable
-    kernel_table: KernelTable | None
+    has_kernels: bool
     union: Tensor
+
+    @property
+    def uses_kernels(self) -> bool:
+        return self.has_kernels and not self.table.torch_policies
+
+    def adopt(self, table: PolicyTable, *, in_place: bool) -> None:
+        """Route by `table` from now on; `in_place` where captured graphs hold the old one's."""
+        if in_place:
+            self.table.rewrite(table)
+        else:
+            self.table = table
 
     def follow_bias(self, bias: Tensor | None) -> None:
         """Score with the router's bias of now: an update of the weights may replace the tensor."""
@@ -349,19 +361,18 @@ class Runtime:
 
     def _run(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
         """Re-route `call` in place, add to `sums`; the union."""
-        fits = call.layer.kernel_table is not None and call.num_rows <= MAX_ROWS
+        fits = call.layer.uses_kernels and call.num_rows <= MAX_ROWS
         run = self._run_kernels if fits else self._run_torch
         return run(call, policy_ids, sums)
 
     def _run_kernels(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
         layer = call.layer
-        assert layer.kernel_table is not None
         refine_out(
             call.router_logits,
             call.ids,
             call.weights,
             policy_ids,
-            layer.kernel_table,
+            layer.table,
             layer.router,
             out_ids=call.ids,
             out_weights=call.weights,

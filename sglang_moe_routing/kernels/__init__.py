@@ -1,4 +1,4 @@
-"""Compiled kernels for the re-routing: built on first use, chosen once, called as torch ops."""
+"""Compiled kernels for the re-routing: built on first use, chosen once."""
 
 from ..policies import MAX_ROWS
 from .limits import MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, beyond_limits, written_in_torch
@@ -12,7 +12,7 @@ from .native import (
     build_cuda,
     choose,
 )
-from .ops import fused, fused_out, refine, refine_out, workspace
+from .ops import refine, refine_out, workspace
 
 __all__ = [
     "CACHE",
@@ -28,8 +28,6 @@ __all__ = [
     "build_cpu",
     "build_cuda",
     "choose",
-    "fused",
-    "fused_out",
     "refine",
     "refine_out",
     "workspace",

@@ -23,6 +23,6 @@ def beyond_limits(router: Router, num_experts: int, top_k: int) -> str:
 
 
 def written_in_torch(table: PolicyTable) -> str:
-    """Which policies the kernels cannot run; empty if they run all."""
+    """Which of its policies the kernels cannot run; empty if they run all."""
     kinds = sorted({policy.kind for policy in table.torch_policies.values()})
     return f"policies of kind {', '.join(kinds)} are written in torch" if kinds else ""

@@ -1,13 +1,7 @@
-"""The re-routing as torch operators ``sglang_moe_routing::refine`` and ``::fused``.
+"""The re-routing by compiled kernels: `refine`, and `refine_out` into the caller's tensors.
 
-`refine` takes the engine's choice and re-routes it, for every router. `fused` makes the choice
-itself, for routers that rank by plain logits: router logits in, final experts and weights out.
-Both write the union U too, and have an ``_out`` form that writes into the caller's tensors. The
-``_out`` forms allocate nothing and never synchronise, and what they launch depends on shapes only,
-so they are safe under CUDA-graph capture.
-
-The functions below go through torch's dispatcher only while torch compiles: in eager mode it costs
-more than the work of a decode batch on a CPU.
+`refine_out` allocates nothing and never synchronises, and what it launches depends on shapes only,
+so that it is safe under CUDA-graph capture.
 """
 
 from __future__ import annotations
@@ -29,28 +23,6 @@ WORKSPACE_WORDS = 147456
 
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 _GIVEN = 3
-
-_TABLE = "Tensor policy_ids, Tensor policies, Tensor similarity"
-_REFINE = (
-    "Tensor scores, Tensor? gates, Tensor? bias, Tensor topk_ids, Tensor topk_weights, "
-    f"{_TABLE}, int scoring, int num_groups, int top_groups, bool renormalize, float scale, "
-    "int free_slots"
-)
-_FUSED = f"Tensor scores, {_TABLE}, int scoring, bool renormalize, float scale, int free_slots"
-_OUT = (
-    "*, Tensor(a!) out_ids, Tensor(b!) out_weights, Tensor(c!) out_union, "
-    "Tensor(d!)? statistics, Tensor(e!)? workspace"
-)
-_NEW = "Tensor(a!)? statistics) -> (Tensor, Tensor, Tensor)"
-
-_library = torch.library.Library("sglang_moe_routing", "DEF")
-for _schema in (
-    f"refine_out({_REFINE}, {_OUT}) -> ()",
-    f"refine({_REFINE}, {_NEW}",
-    f"fused_out({_FUSED}, {_OUT}) -> ()",
-    f"fused({_FUSED}, int top_k, {_NEW}",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def refine(
@@ -93,9 +65,6 @@ def refine(
     arguments = _refine_arguments(
         scores, gates, topk_ids, topk_weights, policy_ids, table, router, free_slots
     )
-    if torch.compiler.is_compiling():
-        op = torch.ops.sglang_moe_routing.refine.default
-        return op(*arguments, statistics)  # type: ignore[no-any-return]
     return _run_refine(*arguments, statistics)
 
 
@@ -121,9 +90,7 @@ def refine_out(
         workspace: int32 `[WORKSPACE_WORDS]` of any contents; needed on CUDA above
             `ONE_LAUNCH_ROWS` rows. Calls that may overlap need one each.
     """
-    is_compiling = torch.compiler.is_compiling()
-    run = torch.ops.sglang_moe_routing.refine_out.default if is_compiling else _run_refine_out
-    run(
+    _run_refine_out(
         *_refine_arguments(
             scores, gates, topk_ids, topk_weights, policy_ids, table, router, free_slots
         ),
@@ -135,63 +102,8 @@ def refine_out(
     )
 
 
-def fused(
-    logits: Tensor,
-    policy_ids: Tensor,
-    table: PolicyTable,
-    router: Router,
-    top_k: int,
-    *,
-    statistics: Tensor | None = None,
-    free_slots: FreeSlots = FreeSlots.IGNORED,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose and re-route in one step.
-
-    Ids are exactly those of a top-k over the logits with ties to the lower id, followed by
-    `refine`; weights agree with it to a few units in the last place.
-
-    Args:
-        logits: ``[num_tokens, num_experts]``, float32, bfloat16 or float16.
-        router: without a bias and without groups.
-
-    Returns:
-        ``(topk_ids int32, topk_weights float32, union bool)``. See `refine` for the rest.
-    """
-    arguments = _fused_arguments(logits, policy_ids, table, router, free_slots)
-    if torch.compiler.is_compiling():
-        op = torch.ops.sglang_moe_routing.fused.default
-        return op(*arguments, top_k, statistics)  # type: ignore[no-any-return]
-    return _run_fused(*arguments, top_k, statistics)
-
-
-def fused_out(
-    logits: Tensor,
-    policy_ids: Tensor,
-    table: PolicyTable,
-    router: Router,
-    *,
-    out_ids: Tensor,
-    out_weights: Tensor,
-    out_union: Tensor,
-    statistics: Tensor | None = None,
-    workspace: Tensor | None = None,
-    free_slots: FreeSlots = FreeSlots.IGNORED,
-) -> None:
-    """`fused` into the caller's tensors; see `refine_out`."""
-    is_compiling = torch.compiler.is_compiling()
-    run = torch.ops.sglang_moe_routing.fused_out.default if is_compiling else _run_fused_out
-    run(
-        *_fused_arguments(logits, policy_ids, table, router, free_slots),
-        out_ids=out_ids,
-        out_weights=out_weights,
-        out_union=out_union,
-        statistics=statistics,
-        workspace=workspace,
-    )
-
-
 def workspace(device: torch.device | str) -> Tensor:
-    """A new workspace for the ``_out`` forms."""
+    """A new workspace for `refine_out`."""
     return torch.empty(WORKSPACE_WORDS, dtype=torch.int32, device=device)
 
 
@@ -224,27 +136,6 @@ def _refine_arguments(
     )
 
 
-def _fused_arguments(
-    logits: Tensor,
-    policy_ids: Tensor,
-    table: PolicyTable,
-    router: Router,
-    free_slots: FreeSlots,
-) -> tuple[Any, ...]:
-    if router.bias is not None or router.num_groups > 1:
-        raise KernelError("the fused op chooses for routers without bias and groups only")
-    return (
-        logits,
-        policy_ids,
-        table.words,
-        table.similarity,
-        _SCORINGS[router.scoring],
-        router.renormalize,
-        router.scale,
-        int(free_slots),
-    )
-
-
 def _module(tensor: Tensor) -> Any:
     implementation = native.choose("cuda" if tensor.is_cuda else "cpu")
     if implementation.module is None:
@@ -263,8 +154,8 @@ def _run_refine_out(
     scores: Tensor,
     gates: Tensor | None,
     bias: Tensor | None,
-    topk_ids: Tensor | None,
-    topk_weights: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
     policy_ids: Tensor,
     policies: Tensor,
     similarity: Tensor,
@@ -307,7 +198,11 @@ def _run_refine_out(
 def _run_refine(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *inputs, statistics = arguments
     topk_ids, topk_weights = inputs[2], inputs[3]
-    out = _empty_like(scores, topk_ids.shape[1], topk_ids.dtype, topk_weights.dtype)
+    out = (
+        torch.empty_like(topk_ids, memory_format=torch.contiguous_format),
+        torch.empty_like(topk_weights, memory_format=torch.contiguous_format),
+        scores.new_empty((scores.shape[-1],), dtype=torch.bool),
+    )
     _run_refine_out(
         scores,
         *inputs,
@@ -318,97 +213,8 @@ def _run_refine(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor
         workspace=_new_workspace(scores),
     )
     return out
-
-
-def _run_fused_out(
-    scores: Tensor,
-    policy_ids: Tensor,
-    policies: Tensor,
-    similarity: Tensor,
-    scoring: int,
-    renormalize: bool,
-    scale: float,
-    free_slots: int,
-    *,
-    out_ids: Tensor,
-    out_weights: Tensor,
-    out_union: Tensor,
-    statistics: Tensor | None,
-    workspace: Tensor | None,
-) -> None:
-    _run_refine_out(
-        scores,
-        None,
-        None,
-        None,
-        None,
-        policy_ids,
-        policies,
-        similarity,
-        scoring,
-        1,
-        1,
-        renormalize,
-        scale,
-        free_slots,
-        out_ids=out_ids,
-        out_weights=out_weights,
-        out_union=out_union,
-        statistics=statistics,
-        workspace=workspace,
-    )
-
-
-def _run_fused(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *inputs, top_k, statistics = arguments
-    out = _empty_like(scores, top_k, torch.int32, torch.float32)
-    _run_fused_out(
-        scores,
-        *inputs,
-        out_ids=out[0],
-        out_weights=out[1],
-        out_union=out[2],
-        statistics=statistics,
-        workspace=_new_workspace(scores),
-    )
-    return out
-
-
-def _empty_like(
-    scores: Tensor, top_k: int, ids: torch.dtype, weights: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, num_experts = scores.shape[0], scores.shape[-1]
-    return (
-        scores.new_empty((num_tokens, top_k), dtype=ids),
-        scores.new_empty((num_tokens, top_k), dtype=weights),
-        scores.new_empty((num_experts,), dtype=torch.bool),
-    )
 
 
 def _new_workspace(scores: Tensor) -> Tensor | None:
     needs_one = scores.is_cuda and scores.shape[0] > ONE_LAUNCH_ROWS
     return workspace(scores.device) if needs_one else None
-
-
-def _fake_refine(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    topk_ids, topk_weights = arguments[2], arguments[3]
-    return _empty_like(scores, topk_ids.shape[1], topk_ids.dtype, topk_weights.dtype)
-
-
-def _fake_fused(scores: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_like(scores, arguments[-2], torch.int32, torch.float32)
-
-
-def _fake_out(*arguments: Any, **outputs: Any) -> None:
-    return None
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("refine_out", _run_refine_out, _key)
-    _library.impl("refine", _run_refine, _key)
-    _library.impl("fused_out", _run_fused_out, _key)
-    _library.impl("fused", _run_fused, _key)
-torch.library.register_fake("sglang_moe_routing::refine", _fake_refine, lib=_library)
-torch.library.register_fake("sglang_moe_routing::fused", _fake_fused, lib=_library)
-torch.library.register_fake("sglang_moe_routing::refine_out", _fake_out, lib=_library)
-torch.library.register_fake("sglang_moe_routing::fused_out", _fake_out, lib=_library)

@@ -15,7 +15,7 @@ from .rule import UNLIMITED, Place, Rule
 from .schedule import MAX_ROWS, Count, Layers, Schedule, Similarity
 from .scoring import Router
 from .sere import SERE
-from .table import WORDS, Capacity, Flag, PolicyTable, build_table
+from .table import WORDS, Capacity, Flag, PolicyTable, build_table, with_capacity
 from .topk import TopK
 from .torch_policy import Rows, TorchPolicy
 from .vanilla import Vanilla
@@ -56,4 +56,5 @@ __all__ = [
     "installed_registry",
     "problems",
     "reroute",
+    "with_capacity",
 ]

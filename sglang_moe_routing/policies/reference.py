@@ -18,6 +18,7 @@ QUANTUM = 2.0**-16
 """Demand is summed in whole quanta: the sum does not depend on its order. 65,535 rows fit 32 bits.
 """
 
+
 @dataclass(frozen=True)
 class Rerouted:
     """The outcome of one MoE call.
@@ -235,7 +236,7 @@ class _Batch:
         return torch.where(own, moved_ids, ids), torch.where(own, moved_weights, weights)
 
     def _take(self, rules: _Rules, union: Tensor) -> Tensor:
-        """bool ``[num_tokens, num_experts]``: the best experts of the union, required ones first."""
+        """bool ``[num_tokens, num_experts]``: the best of the union, required experts first."""
         required = self.required(rules)
         usable = required | (union & (self.rank < rules["max_rank"][:, None]))
         usable = usable.gather(1, self.order)  # in preference order

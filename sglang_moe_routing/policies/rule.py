@@ -75,9 +75,9 @@ class Rule(StrictModel):
     mapped_share: UpTo1 = 0.0
     """Share of the weight that follows each lost expert to the most similar one that was taken."""
     compensation: UpTo1 | None = None
-    """How much of the lost weight goes to the experts that remain. Absent: as the model weighs them,
-    which is 1 where it normalises. With a `threshold`: factor on the weight of moved slots; absent:
-    the coefficients of the artifact if it has any, else 1."""
+    """How much of the lost weight goes to the experts that remain. Absent: as the model weighs
+    them, which is 1 where it normalises. With a `threshold`: factor on the weight of moved slots;
+    absent: the coefficients of the artifact if it has any, else 1."""
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from itertools import pairwise
 from typing import NamedTuple
@@ -84,6 +84,11 @@ class PolicyTable:
         num_policies, num_steps, _ = self.words.shape
         return Capacity(num_policies, num_steps, self.similarity.shape[0])
 
+    def to(self, device: torch.device | str) -> PolicyTable:
+        return replace(
+            self, words=self.words.to(device), similarity=self.similarity.to(device).contiguous()
+        )
+
     def rewrite(self, other: PolicyTable) -> None:
         """Take over the contents of a table with the same capacity."""
         self.words.copy_(other.words)
@@ -107,10 +112,9 @@ def build_table(
     similarity: Mapping[str, Tensor] | None = None,
     coefficients: Mapping[str, Tensor] | None = None,
     artifacts: Sequence[str | None] | None = None,
-    capacity: Capacity | None = None,
     device: torch.device | str = "cpu",
 ) -> PolicyTable:
-    """Lay `policies` out for one layer, on the host, and send them to `device` once.
+    """Lay `policies` out for one layer on the host; then the table goes to `device`.
 
     A row's policy id is an index into them.
 
@@ -118,11 +122,10 @@ def build_table(
         similarity: artifact name -> float ``[num_experts, num_experts]`` matrix of this layer.
         coefficients: artifact name -> matrix of the same shape, for artifacts that have one.
         artifacts: artifact name per policy; None for policies that use none.
-        capacity: pad to this size: further policies are vanilla, further steps never reached.
 
     Raises:
-        PolicyError: a policy does not fit the layer, lacks its artifact, or its rule changes
-            between its steps; or the table needs more than `capacity`.
+        PolicyError: a policy does not fit the layer or lacks its artifact, or its rule changes
+            between its steps.
     """
     similarity, coefficients = similarity or {}, coefficients or {}
     artifacts = artifacts or [None] * len(policies)
@@ -146,13 +149,12 @@ def build_table(
                     to[row, step, word] = numbers[name]
         _check_steps(policy, starts, layer, top_k, num_experts)
     words[..., _START] = torch.tensor(starts, dtype=torch.int32)
-    table = PolicyTable(
+    return PolicyTable(
         words=words,
         similarity=torch.stack(matrices) if matrices else torch.zeros(0, num_experts, num_experts),
         layer=layer,
         torch_policies={i: p for i, p in enumerate(policies) if isinstance(p, TorchPolicy)},
-    )
-    return _sent(table if capacity is None else _padded(table, capacity), device)
+    ).to(device)
 
 
 def _stack(
@@ -237,7 +239,12 @@ def _probes(first: int, last: int) -> Iterator[int]:
             yield probe
 
 
-def _padded(table: PolicyTable, capacity: Capacity) -> PolicyTable:
+def with_capacity(table: PolicyTable, capacity: Capacity) -> PolicyTable:
+    """Pad `table`: further policies are vanilla, further steps are never reached.
+
+    Raises:
+        PolicyError: the table needs more than `capacity`; the message says of what.
+    """
     spare = Capacity(*(has - needed for has, needed in zip(capacity, table.capacity, strict=True)))
     for what, has, left in zip(Capacity._fields, capacity, spare, strict=True):
         if left < 0:
@@ -248,13 +255,4 @@ def _padded(table: PolicyTable, capacity: Capacity) -> PolicyTable:
     words = nn.functional.pad(words, (0, 0, 0, 0, 0, spare.policies))
     words[..., _START] = words[:1, :, _START]  # the same for all policies
     similarity = nn.functional.pad(table.similarity, (0, 0, 0, 0, 0, spare.matrices))
-    return PolicyTable(words, similarity, table.layer, table.torch_policies)
-
-
-def _sent(table: PolicyTable, device: torch.device | str) -> PolicyTable:
-    return PolicyTable(
-        table.words.contiguous().to(device),
-        table.similarity.contiguous().to(device),
-        table.layer,
-        table.torch_policies,
-    )
+    return replace(table, words=words.contiguous(), similarity=similarity.contiguous())

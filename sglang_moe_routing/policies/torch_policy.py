@@ -15,7 +15,7 @@ from .rule import Place, Rule
 
 @dataclass(frozen=True)
 class Rows:
-    """One MoE call as a `TorchPolicy` sees it. All tensors live on one device; none may be modified.
+    """One MoE call as a `TorchPolicy` sees it. All tensors are on one device; none may be modified.
 
     Attributes:
         layer: the model's layer number.
@@ -99,8 +99,8 @@ class TorchPolicy(Policy):
     baked into a CUDA graph; what they say of rows that are not `Rows.mine` is discarded. Where an
     expert's weight ends in several slots of a row, they are merged afterwards.
 
-    Prefer `Policy.rule`: while a `TorchPolicy` is listed, rows of *every* policy are computed by the
-    plain-torch reference, many times slower. A config must say ``torch_policies: allow``.
+    Prefer `Policy.rule`: while a `TorchPolicy` is listed, rows of *every* policy are computed by
+    the plain-torch reference, many times slower. A config must say ``torch_policies: allow``.
     """
 
     def rule(self, place: Place) -> Rule:

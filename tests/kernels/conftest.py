@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sglang_moe_routing import kernels
-from sglang_moe_routing.kernels import KernelTable, compile_table, native
+from sglang_moe_routing.kernels import native
 from sglang_moe_routing.policies import PAD, FreeSlots, PolicyTable, Rerouted, Router, reroute
 from tests.cases import Case, assert_close, policy_ids, table_of
 from tests.kernels import building
@@ -25,16 +25,14 @@ NUM_STATISTICS = 6
 
 @dataclass(frozen=True)
 class Call:
-    """One call as an implementation takes it. Without `gates` the scores are router logits;
-    without `topk_ids` the implementation makes the engine's choice too."""
+    """One call as an implementation takes it. Without `gates` the scores are router logits."""
 
     scores: Tensor
     policy_ids: Tensor
     table: PolicyTable
     router: Router
-    top_k: int
-    topk_ids: Tensor | None = None
-    topk_weights: Tensor | None = None
+    topk_ids: Tensor
+    topk_weights: Tensor
     gates: Tensor | None = None
     free_slots: FreeSlots = FreeSlots.IGNORED
     seed: int = 0
@@ -58,7 +56,6 @@ def call_of(case: Case, *, seed: int = 0, table: PolicyTable | None = None) -> C
         policy_ids=policy_ids(case, torch.int32),
         table=table_of(case) if table is None else table,
         router=Router(renormalize=case.renormalize, scale=case.scale),
-        top_k=case.top_k,
         topk_ids=case.topk_ids,
         topk_weights=case.topk_weights,
         gates=case.gates,
@@ -92,13 +89,11 @@ def engine_choice(
 
 
 def ask_reference(call: Call) -> Outcome:
-    """The plain-torch reference; where the call makes the engine's choice, made here first."""
+    """The plain-torch reference."""
     router, scores = call.router, call.scores.float()
     ids, weights, gates = call.topk_ids, call.topk_weights, call.gates
     if gates is None:
         scores, gates = router.score(scores, ids)
-    if ids is None or weights is None:
-        ids, weights = engine_choice(scores, gates, call.top_k, router)
     plan, renormalize, scale = call.policy_ids, router.renormalize, router.scale
     got = reroute(
         scores,
@@ -150,23 +145,12 @@ class Compiled:
         self.device = device
 
     def __call__(self, call: Call, *, out_gap: int = 0, in_place: bool = False) -> Outcome:
-        table = compile_table(call.table)
-        table = KernelTable(table.policies.to(self.device), table.similarity.to(self.device))
+        table = call.table.to(self.device)
         call = replace(call.laid_out(self.place), router=self.place_router(call.router))
         statistics = torch.zeros(NUM_STATISTICS, dtype=torch.int64, device=self.device)
         plan = call.policy_ids.to(self.device)
         if out_gap or in_place:
             outputs = self._run_out(call, plan, table, statistics, out_gap, in_place)
-        elif call.topk_ids is None or call.topk_weights is None:
-            outputs = kernels.fused(
-                call.scores,
-                plan,
-                table,
-                call.router,
-                call.top_k,
-                statistics=statistics,
-                free_slots=call.free_slots,
-            )
         else:
             outputs = kernels.refine(
                 call.scores,
@@ -197,27 +181,25 @@ class Compiled:
         self,
         call: Any,
         plan: Tensor,
-        table: KernelTable,
+        table: PolicyTable,
         statistics: Tensor,
         out_gap: int,
         in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        num_rows, num_experts = call.scores.shape
+        num_experts = call.scores.shape[1]
         ids, weights = call.topk_ids, call.topk_weights
         out_ids, out_weights = ids, weights
         if not in_place:
-            types = (torch.int32, torch.float32) if ids is None else (ids.dtype, weights.dtype)
-            empty = (torch.empty(num_rows, call.top_k, dtype=dtype) for dtype in types)
+            empty = (
+                torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ids, weights)
+            )
             out_ids, out_weights = (self.place(apart(tensor, out_gap)) for tensor in empty)
         union = torch.ones(num_experts, dtype=torch.bool, device=self.device)
         outputs = {"out_ids": out_ids, "out_weights": out_weights, "out_union": union}
         outputs |= {"statistics": statistics, "workspace": kernels.workspace(self.device)}
         outputs |= {"free_slots": call.free_slots}
-        if ids is None:
-            kernels.fused_out(call.scores, plan, table, call.router, **outputs)
-        else:
-            inputs = (call.scores, ids, weights, plan, table, call.router)
-            kernels.refine_out(*inputs, gates=call.gates, **outputs)
+        inputs = (call.scores, ids, weights, plan, table, call.router)
+        kernels.refine_out(*inputs, gates=call.gates, **outputs)
         assert_gaps_untouched(out_ids)
         assert_gaps_untouched(out_weights)
         return out_ids, out_weights, union
@@ -237,12 +219,11 @@ class Simulated:
         return self.driver.run(
             call.scores,
             call.policy_ids,
-            compile_table(call.table),
-            top_k=call.top_k,
+            call.table,
+            call.topk_ids,
+            call.topk_weights,
             backend=self.backend,
             seed=call.seed,
-            topk_ids=call.topk_ids,
-            topk_weights=call.topk_weights,
             gates=call.gates,
             bias=None if is_given else router.bias,
             scoring="given" if is_given else router.scoring,

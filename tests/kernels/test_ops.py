@@ -1,40 +1,34 @@
-"""The operators as torch sees them: schemas, fake tensors, compilation, and clear errors."""
+"""The compiled re-routing as Python calls it: clear errors, room for reloads, sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sglang_moe_routing.errors import KernelError
+from sglang_moe_routing.errors import PolicyError
 from sglang_moe_routing.kernels import (
     MAX_ROWS,
-    KernelTable,
-    Room,
+    beyond_limits,
     choose,
-    compile_table,
-    fused,
-    fused_out,
     ops,
     refine,
     refine_out,
-    unsupported,
-    with_room,
 )
 from sglang_moe_routing.policies import (
     OEA,
     Budget,
+    Capacity,
     Engagement,
-    FreeSlots,
     Policy,
+    PolicyTable,
     Router,
     TopK,
     Vanilla,
     build_table,
+    with_capacity,
 )
 from tests.cases import policy_ids, to_policy, varied_case
 from tests.kernels import building
@@ -47,10 +41,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def make_table(device: str = "cpu", num_experts: int = NUM_EXPERTS) -> KernelTable:
+def make_table(device: str = "cpu", num_experts: int = NUM_EXPERTS) -> PolicyTable:
     policies: list[Policy] = [Vanilla(), TopK.model_validate({"k0": 2}), OEA(k0=2)]
-    table = build_table(policies, layer=0, top_k=TOP_K, num_experts=num_experts, device=device)
-    return compile_table(table)
+    return build_table(policies, layer=0, top_k=TOP_K, num_experts=num_experts, device=device)
 
 
 def inputs(device: str = "cpu") -> dict[str, Tensor]:
@@ -67,31 +60,6 @@ def inputs(device: str = "cpu") -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def refine_arguments(device: str) -> tuple[Any, ...]:
-    given, table = inputs(device), make_table(device)
-    choice = (given["topk_ids"], given["topk_weights"], given["policy_ids"])
-    return (
-        given["scores"],
-        None,
-        None,
-        *choice,
-        table.policies,
-        table.similarity,
-        0,
-        1,
-        1,
-        True,
-        1.0,
-        int(FreeSlots.IGNORED),
-    )
-
-
-def fused_arguments(device: str) -> tuple[Any, ...]:
-    given, table = inputs(device), make_table(device)
-    rows = (given["scores"], given["policy_ids"], table.policies, table.similarity)
-    return (*rows, 0, True, 1.0, int(FreeSlots.IGNORED))
-
-
 def outputs(device: str) -> dict[str, Tensor | None]:
     return {
         "out_ids": torch.empty(NUM_TOKENS, TOP_K, dtype=torch.int32, device=device),
@@ -100,45 +68,6 @@ def outputs(device: str) -> dict[str, Tensor | None]:
         "statistics": torch.zeros(6, dtype=torch.int64, device=device),
         "workspace": None,
     }
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["refine", "refine_out", "fused", "fused_out"])
-def test_operators_keep_torchs_rules(name: str, device: str) -> None:
-    """Schema, fake implementation and dispatch agree, as torch's own check of operators sees it."""
-    arguments = refine_arguments(device) if name.startswith("refine") else fused_arguments(device)
-    statistics = torch.zeros(6, dtype=torch.int64, device=device)
-    op = getattr(torch.ops.sglang_moe_routing, name).default
-    if name.endswith("_out"):
-        torch.library.opcheck(op, arguments, outputs(device))
-    elif name == "refine":
-        torch.library.opcheck(op, (*arguments, statistics))
-    else:
-        torch.library.opcheck(op, (*arguments, TOP_K, statistics))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_model_around_them_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    given, table, router = inputs(device), make_table(device), Router()
-
-    def model(scores: Tensor, ids: Tensor, weights: Tensor, policy_ids: Tensor) -> Tensor:
-        _, refined, _ = refine(scores * 2, ids, weights, policy_ids, table, router)
-        chosen, chosen_weights, _ = fused(scores * 2, policy_ids, table, router, TOP_K)
-        return refined.sum(dim=1) + (chosen * chosen_weights).sum(dim=1)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(*given.values()), model(*given.values()))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_dispatched_and_direct_calls_are_the_same(device: str) -> None:
-    given = inputs(device)
-    direct = refine(**given, table=make_table(device), router=Router())
-    dispatched = torch.ops.sglang_moe_routing.refine.default(*refine_arguments(device), None)
-    for left, right in zip(direct, dispatched, strict=True):
-        assert torch.equal(left, right)
 
 
 def test_statistics_are_added_to() -> None:
@@ -154,10 +83,16 @@ def with_changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[], 
     return lambda: refine(**given, table=make_table(), router=Router())
 
 
-def choose_among(num_experts: int, top_k: int) -> object:
-    scores = torch.zeros(NUM_TOKENS, num_experts)
-    table = make_table(num_experts=num_experts)
-    return fused(scores, inputs()["policy_ids"], table, Router(), top_k)
+def of_size(num_tokens: int, num_experts: int, top_k: int) -> Callable[[], object]:
+    ids = torch.zeros(num_tokens, top_k, dtype=torch.int32)
+    return lambda: refine(
+        torch.zeros(num_tokens, num_experts),
+        ids,
+        ids.float(),
+        ids[:, 0],
+        make_table(num_experts=num_experts),
+        Router(),
+    )
 
 
 BAD_CALLS = {
@@ -183,23 +118,10 @@ BAD_CALLS = {
         router=Router(),
         statistics=torch.zeros(4, dtype=torch.int64),
     ),
-    "out_ids: expected a top_k of 1 to 16": lambda: fused(
-        inputs()["scores"].repeat(1, 2),
-        inputs()["policy_ids"],
-        make_table(num_experts=32),
-        Router(),
-        17,
-    ),
-    "scores: expected at most 65535 rows": lambda: fused(
-        torch.zeros(MAX_ROWS + 1, NUM_EXPERTS),
-        torch.zeros(MAX_ROWS + 1, dtype=torch.int32),
-        make_table(),
-        Router(),
-        TOP_K,
-    ),
-    "scores: expected 1 to 512 experts": lambda: fused(
-        torch.zeros(6, 513), inputs()["policy_ids"], make_table(num_experts=513), Router(), 4
-    ),
+    "topk_ids: expected a top_k of 1 to 16": of_size(NUM_TOKENS, 32, 17),
+    "topk_ids: expected a top_k of at most the number": of_size(NUM_TOKENS, 4, 5),
+    "scores: expected at most 65535 rows": of_size(MAX_ROWS + 1, NUM_EXPERTS, TOP_K),
+    "scores: expected 1 to 512 experts": of_size(NUM_TOKENS, 513, TOP_K),
 }
 
 
@@ -212,11 +134,13 @@ def test_a_bad_argument_is_named(message: str) -> None:
 def test_the_demand_of_the_most_rows_does_not_overflow() -> None:
     """All rows but one ask for one expert with all that they have."""
     policies: list[Policy] = [Budget.model_validate({"max_active": 1})]
-    table = compile_table(build_table(policies, layer=0, top_k=1, num_experts=NUM_EXPERTS))
+    table = build_table(policies, layer=0, top_k=1, num_experts=NUM_EXPERTS)
     logits = torch.zeros(MAX_ROWS, NUM_EXPERTS)
     logits[:, 7] = 1.0
     logits[0, 3] = 2.0
-    _, _, union = fused(logits, torch.zeros(MAX_ROWS, dtype=torch.int32), table, Router(), 1)
+    ids = logits.argmax(dim=1, keepdim=True)
+    plan = torch.zeros(MAX_ROWS, dtype=torch.int32)
+    _, _, union = refine(logits, ids, torch.ones(MAX_ROWS, 1), plan, table, Router())
     assert union.nonzero().tolist() == [[7]]
 
 
@@ -239,35 +163,22 @@ def test_outputs_are_checked_too() -> None:
         refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
     out = outputs("cpu") | {"out_ids": torch.empty(TOP_K, NUM_TOKENS, dtype=torch.int32).T}
     with pytest.raises(ValueError, match="out_ids: expected adjacent elements"):
-        fused_out(given["scores"], given["policy_ids"], make_table(), Router(), **out)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("router", [Router(num_groups=2), Router(bias=torch.zeros(NUM_EXPERTS))])
-def test_the_fused_form_refuses_routers_that_it_cannot_replace(router: Router) -> None:
-    given = inputs()
-    with pytest.raises(KernelError, match="without bias and groups"):
-        fused(given["scores"], given["policy_ids"], make_table(), router, TOP_K)
-
-
-class Mine(TopK):
-    """A policy that exists in Python only."""
+        refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("policy", "num_experts", "top_k", "router", "reason"),
+    ("num_experts", "top_k", "router", "reason"),
     [
-        (TopK(k0=2), 16, 4, Router(), ""),
-        (Mine(k0=2), 16, 4, Router(), "policies of kind Mine exist in Python only"),
-        (TopK(k0=2), 513, 4, Router(), "513 experts are more than the 512"),
-        (TopK(k0=2), 64, 17, Router(), "17 experts per token are more than the 16"),
-        (TopK(k0=2), 66, 4, Router(num_groups=33), "33 expert groups are more than the 32"),
+        (1024, 32, Router(num_groups=32), ""),
+        (1025, 4, Router(), "1025 experts are more than the 1024"),
+        (64, 33, Router(), "33 experts per token are more than the 32"),
+        (66, 4, Router(num_groups=33), "33 expert groups are more than the 32"),
     ],
 )
 def test_what_kernels_cannot_serve_is_known_beforehand(
-    policy: Policy, num_experts: int, top_k: int, router: Router, reason: str
+    num_experts: int, top_k: int, router: Router, reason: str
 ) -> None:
-    table = build_table([Vanilla(), policy], layer=0, top_k=top_k, num_experts=num_experts)
-    found = unsupported(table, router, num_experts, top_k)
+    found = beyond_limits(router, num_experts, top_k)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
 
@@ -280,19 +191,18 @@ def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
         policy.model_copy(update={"engage": Engagement(min_rows=1 + 3 * (i % 4))})
         for i, policy in enumerate(map(to_policy, case.specs))
     ]
-    table = compile_table(
-        build_table(
-            engaged,
-            layer=0,
-            top_k=case.top_k,
-            num_experts=case.num_experts,
-            similarity=case.artifacts,
-            artifacts=[spec.get("artifact") for spec in case.specs],
-            device=device,
-        )
+    table = build_table(
+        engaged,
+        layer=0,
+        top_k=case.top_k,
+        num_experts=case.num_experts,
+        similarity=case.artifacts,
+        coefficients=case.coefficients,
+        artifacts=[spec.get("artifact") for spec in case.specs],
+        device=device,
     )
-    assert table.room == Room(policies=8, steps=5, artifacts=2)
-    wide = with_room(table, Room(policies=11, steps=9, artifacts=3))
+    assert table.capacity == Capacity(policies=len(case.specs), steps=5, matrices=2)
+    wide = with_capacity(table, Capacity(policies=len(case.specs) + 3, steps=9, matrices=3))
     arguments = [
         t.to(device)
         for t in (case.scores, case.topk_ids, case.topk_weights, policy_ids(case, torch.int32))
@@ -300,18 +210,10 @@ def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
     expected = refine(*arguments, table, Router())
     for found, wanted in zip(refine(*arguments, wide, Router()), expected, strict=True):
         assert torch.equal(found, wanted)
-    wide.rewrite(with_room(make_table(device, case.num_experts), wide.room))
+    wide.rewrite(with_capacity(make_table(device, case.num_experts), wide.capacity))
     assert not any(map(torch.equal, refine(*arguments, wide, Router())[:1], expected))
 
 
 def test_too_little_room_says_of_what() -> None:
-    with pytest.raises(KernelError, match="needs room for 3 policies, there is room for 2"):
-        with_room(make_table(), Room(policies=2, steps=1, artifacts=0))
-
-
-@pytest.mark.parametrize("name", ["k0", "artifact"])
-def test_a_number_beyond_32_bits_is_an_error_not_another_policy(name: str) -> None:
-    table = build_table([TopK(k0=3)], layer=0, top_k=4, num_experts=8)
-    wide = replace(table, parameters={**table.parameters, name: torch.tensor([[2**32 + 1]])})
-    with pytest.raises(KernelError, match=f"{name}: 4294967297 does not fit"):
-        compile_table(wide)
+    with pytest.raises(PolicyError, match="needs room for 3 policies, there is room for 2"):
+        with_capacity(make_table(), Capacity(policies=2, steps=1, matrices=0))

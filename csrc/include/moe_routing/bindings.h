@@ -130,8 +130,8 @@ inline FreeSlots free_slots_of(int64_t value) {
 
 inline void check_limits(const Call& call) {
   check(call.num_experts >= 1 && call.num_experts <= kMaxExperts, "scores", "1 to 1024 experts");
-  check(call.top_k >= 1 && call.top_k <= kMaxTopK, "out_ids", "a top_k of 1 to 32");
-  check(call.top_k <= call.num_experts, "out_ids", "a top_k of at most the number of experts");
+  check(call.top_k >= 1 && call.top_k <= kMaxTopK, "topk_ids", "a top_k of 1 to 32");
+  check(call.top_k <= call.num_experts, "topk_ids", "a top_k of at most the number of experts");
   const bool divides = call.num_groups >= 1 && call.num_experts % call.num_groups == 0;
   check(divides && call.num_groups <= kMaxGroups, "num_groups",
         "a divisor of the number of experts, at most 32");
@@ -142,9 +142,8 @@ inline void check_limits(const Call& call) {
 // Shapes: scores and gates [rows, experts]; topk_ids, topk_weights, out_ids and out_weights
 // [rows, top_k]; policy_ids [rows]; policies [num_policies, steps, 12];
 // similarity [artifacts, experts, experts]; bias and out_union [experts]; statistics [6].
-// topk_ids and topk_weights are absent where this call makes the choice.
 inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<TensorView> bias,
-                      Optional<TensorView> topk_ids, Optional<TensorView> topk_weights,
+                      TensorView topk_ids, TensorView topk_weights,
                       TensorView policy_ids, TensorView policies, TensorView similarity,
                       TensorView out_ids, TensorView out_weights, TensorView out_union,
                       Optional<TensorView> statistics, int64_t scoring,
@@ -177,12 +176,8 @@ inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<Te
   call.renormalize = renormalize;
   call.scale = static_cast<float>(scale);
   call.free_slots = free_slots_of(free_slots);
-  check(topk_ids.has_value() == topk_weights.has_value(), "topk_weights",
-        "a tensor if and only if topk_ids is one");
-  if (topk_ids.has_value()) {
-    call.topk_ids = checker.ids(*topk_ids, "topk_ids", rows, top_k);
-    call.topk_weights = checker.floats(*topk_weights, "topk_weights", rows, top_k);
-  }
+  call.topk_ids = checker.ids(topk_ids, "topk_ids", rows, top_k);
+  call.topk_weights = checker.floats(topk_weights, "topk_weights", rows, top_k);
   call.out_ids = checker.ids(out_ids, "out_ids", rows, top_k);
   call.out_weights = checker.floats(out_weights, "out_weights", rows, top_k);
   check(call.topk_weights.type == call.out_weights.type, "out_weights",
