@@ -1,6 +1,6 @@
 """Routing configs: their schema, how they are read, and how a request picks a policy."""
 
-from .fit import check_policies
+from .fit import check_policies, check_torch_policies
 from .loader import LoadedConfig, bundled_config, load_config
 from .schema import DEFAULT_GROUP, DEFAULT_HEADER, VANILLA, RoutingConfig, json_schema, model_for
 from .selection import (
@@ -28,6 +28,7 @@ __all__ = [
     "bearer_key",
     "bundled_config",
     "check_policies",
+    "check_torch_policies",
     "choose",
     "choose_group",
     "find_in_body",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..errors import PolicyError
-from ..policies import Policy, Sizes, doubts, problems
+from ..policies import Policy, Sizes, TorchPolicy, doubts, problems
 from .loader import LoadedConfig
 
 
@@ -25,6 +25,31 @@ def check_policies(loaded: LoadedConfig, model: Mapping[int, Sizes]) -> list[str
     if wrong:
         raise PolicyError(f"{loaded.path}: " + "; ".join(wrong))
     return _by_policy(doubts, loaded, model)
+
+
+def check_torch_policies(loaded: LoadedConfig) -> list[str]:
+    """Hold a config to compiled kernels, which policies that are written in torch keep idle.
+
+    Returns:
+        What its policies cost, where it allows them.
+
+    Raises:
+        PolicyError: it has such policies and does not allow them; all of them are listed.
+    """
+    named = zip(loaded.config.names, loaded.config.definitions, strict=True)
+    found = [f"policies.{name}.kind: {p.kind}" for name, p in named if isinstance(p, TorchPolicy)]
+    if not found:
+        return []
+    price = (
+        f"{', '.join(found)}: written in torch. While such a policy is listed, rows of every "
+        "policy are computed by the torch reference, many times slower than by the compiled kernels"
+    )
+    if loaded.config.torch_policies == "allow":
+        return [price]
+    raise PolicyError(
+        f"{loaded.path}: {price}. Let it give a Rule, list it in another server's config, or "
+        "accept the price with a top-level torch_policies: allow"
+    )
 
 
 def _by_policy(

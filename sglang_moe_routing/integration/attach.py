@@ -18,8 +18,8 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import find_checkpoint, layers_without_experts, read_headers
-from ..config import LoadedConfig, RoutingConfig, check_policies
-from ..errors import ArtifactError, CheckpointError, EngineError, KernelError, PolicyError
+from ..config import LoadedConfig, check_policies, check_torch_policies
+from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
 from ..kernels import (
     CHOICE,
     REFERENCE,
@@ -64,6 +64,8 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     check_artifacts(runtime.loaded, runtime.artifacts, num_experts, runtime.weights)
     warn_of_policies(runtime.loaded, runtime.artifacts, sizes)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
+    if implementation.is_native:
+        warn_of_torch_policies(runtime.loaded)
     runtime.has_graphs = replays_decode_steps(server_args)
     layers = []
     for index, (topk, experts) in enumerate(routers.values()):
@@ -172,6 +174,13 @@ def warn_of_policies(
             logger.warning("%s: %s", loaded.path, doubt)
 
 
+def warn_of_torch_policies(loaded: LoadedConfig) -> None:
+    """Hold the policies to compiled kernels. Raises `PolicyError`."""
+    for price in check_torch_policies(loaded):
+        if get_tp_group().is_first_rank:
+            logger.warning("%s: %s", loaded.path, price)
+
+
 def _check_experts_have_weights(model: torch.nn.Module, server_args: Any) -> None:
     """Refuse layers that SGLang made routed though the checkpoint has no experts for them.
 
@@ -246,7 +255,7 @@ def _make_layer(
         table = with_capacity(table, _capacity(runtime, table.capacity))
     table = table.to(device)
     if implementation.is_native:
-        _check_kernels(runtime.config, table, beyond_limits(router, num_experts, top_k), where)
+        _check_kernels(beyond_limits(router, num_experts, top_k), where)
     return Layer(
         layer_id=topk.layer_id,
         index=index,
@@ -260,23 +269,11 @@ def _make_layer(
     )
 
 
-def _check_kernels(config: RoutingConfig, table: PolicyTable, limit: str, where: str) -> None:
-    """Refuse what the kernels cannot serve, rather than serve all of it many times slower."""
+def _check_kernels(limit: str, where: str) -> None:
+    """Refuse a layer that the kernels cannot hold, rather than serve it many times slower."""
     if limit:
         raise KernelError(
-            f"{where}: {limit}. {CHOICE}={REFERENCE} serves it with plain torch, many times slower"
-        )
-    check_torch_policies(config, table)
-
-
-def check_torch_policies(config: RoutingConfig, table: PolicyTable) -> None:
-    """Raise `PolicyError` if policies keep the kernels idle that the config does not allow to."""
-    problem = written_in_torch(table)
-    if problem and config.torch_policies == "refuse":
-        raise PolicyError(
-            f"{problem}: while one is listed, rows of every policy are computed by the torch "
-            "reference, many times slower than by the compiled kernels. Let it give a Rule, list "
-            "it in another server's config, or accept the price: torch_policies: allow"
+            f"{where}: {limit}. {CHOICE}=torch serves it with plain torch, many times slower"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..config import check_policies, load_config
+from ..config import LoadedConfig, check_policies, check_torch_policies, load_config
 from ..errors import RoutingError
 from ..kernels import choose
 from ..policies import Sizes
@@ -27,6 +27,7 @@ def inspect(config: Path, model: Mapping[int, Sizes] | None = None) -> Inspectio
         hooking.refuse_problems(result.findings)
     except RoutingError as error:
         result.problems.append(str(error))
+    loaded = None
     try:
         loaded = load_config(config)
         result.policies = loaded.config.names
@@ -36,19 +37,20 @@ def inspect(config: Path, model: Mapping[int, Sizes] | None = None) -> Inspectio
     except RoutingError as error:
         result.problems.append(str(error))
     result.platform = _platform()
-    _inspect_kernels(result)
+    _inspect_kernels(result, loaded)
     return result
 
 
-def _inspect_kernels(result: Inspection) -> None:
+def _inspect_kernels(result: Inspection, loaded: LoadedConfig | None) -> None:
     import torch
 
     try:
         chosen = choose("cuda" if torch.cuda.is_available() else "cpu")
+        result.kernels, result.kernels_reason = chosen.name, chosen.reason
+        if chosen.is_native and loaded is not None:
+            result.warnings += check_torch_policies(loaded)
     except RoutingError as error:
         result.problems.append(str(error))
-        return
-    result.kernels, result.kernels_reason = chosen.name, chosen.reason
 
 
 def _verify_symbols() -> Sequence[Finding]:

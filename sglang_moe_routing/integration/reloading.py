@@ -24,7 +24,13 @@ from ..config import LoadedConfig, RoutingConfig, load_config
 from ..errors import PolicyError, ReloadError, RoutingError
 from ..policies import PolicyTable, Sizes, with_capacity
 from . import environment, http_server, metrics, runtime
-from .attach import check_artifacts, check_torch_policies, digests, make_table, warn_of_policies
+from .attach import (
+    check_artifacts,
+    digests,
+    make_table,
+    warn_of_policies,
+    warn_of_torch_policies,
+)
 from .definitions import Definition, define
 from .runtime import Layer, Runtime, used_artifacts
 
@@ -190,21 +196,24 @@ def _stage(state: Runtime, digest: int) -> Staged:
     check_artifacts(loaded, artifacts, num_experts, state.weights)
     sizes = {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in state.layers}
     warn_of_policies(loaded, artifacts, sizes)
+    if any(layer.has_kernels for layer in state.layers):
+        warn_of_torch_policies(loaded)
     table = state.ids.with_config(define(loaded, artifacts))
-    layers = [_stage_layer(state, layer, table, loaded.config) for layer in state.layers]
+    layers = [_stage_layer(state, layer, table) for layer in state.layers]
     return Staged(loaded, artifacts, table, layers)
 
 
 def _stage_layer(
-    state: Runtime, layer: Layer, definitions: Sequence[Definition], config: RoutingConfig
+    state: Runtime, layer: Layer, definitions: Sequence[Definition]
 ) -> tuple[Layer, PolicyTable]:
     table = make_table(definitions, layer.layer_id, Sizes(layer.top_k, layer.num_experts))
     where = f"layer {layer.layer_id}"
-    if layer.has_kernels:
-        check_torch_policies(config, table)
     if state.has_graphs:
         if layer.table.torch_policies or table.torch_policies:
-            raise ReloadError(f"{where}: captured graphs hold policies that are written in torch")
+            raise ReloadError(
+                f"{where}: captured graphs can neither take up nor give up a policy that is "
+                "written in torch; restart the server"
+            )
         try:
             table = with_capacity(table, layer.table.capacity)
         except PolicyError as error:

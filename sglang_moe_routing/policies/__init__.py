@@ -19,6 +19,7 @@ from .table import WORDS, Capacity, Flag, PolicyTable, build_table, with_capacit
 from .topk import TopK
 from .torch_policy import Rows, TorchPolicy
 from .vanilla import Vanilla
+from .weights import Compensated, Mapped
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -31,11 +32,13 @@ __all__ = [
     "WORDS",
     "Budget",
     "Capacity",
+    "Compensated",
     "Count",
     "Engagement",
     "Flag",
     "FreeSlots",
     "Layers",
+    "Mapped",
     "Place",
     "Policy",
     "PolicyRegistry",
