@@ -7,10 +7,10 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 from pydantic.functional_validators import BeforeValidator
 
-from ..errors import shorten
+from ..errors import PolicyError, shorten
 from .rule import Place, Rule, StrictModel
 from .schedule import MAX_ROWS, Layers, PositiveCount, Schedule, format_layers
 
@@ -95,7 +95,21 @@ class Policy(StrictModel):
 
     def rule(self, place: Place) -> Rule:
         """The numbers in force at `place`. Asked while tables are built, never in a step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no rule(self, place)")
+
+    def rule_at(self, place: Place) -> Rule:
+        """What `rule` says, held to being one. Raises `PolicyError`."""
+        where = f"kind: {self.kind} gives no rule at {place}"
+        try:
+            rule = self.rule(place)
+        except ValidationError as error:
+            wrong = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors() if e["loc"])
+            raise PolicyError(f"{where}: {wrong or error}") from error
+        except Exception as error:
+            raise PolicyError(f"{where}: {type(error).__name__}: {error}") from error
+        if not isinstance(rule, Rule):
+            raise PolicyError(f"{where} but {shorten(rule)}")
+        return rule
 
     def schedules(self) -> Iterator[tuple[str, Schedule[int] | Schedule[float]]]:
         """Fields that may depend on the layer or on the live rows, by name."""
@@ -121,7 +135,7 @@ class Policy(StrictModel):
     def is_vanilla(self, place: Place) -> bool:
         """Whether rows stay bit for bit as the model routes them."""
         return not self.engage.covers(place.layer, place.live_rows) or (
-            self.rule(place).is_vanilla(place.top_k)
+            self.rule_at(place).is_vanilla(place.top_k)
         )
 
     @property

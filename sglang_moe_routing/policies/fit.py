@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from .base import Policy
 from .rule import Place
 from .schedule import format_layers, runs
+from .table import rule_problems
 from .vanilla import Vanilla
 
 
@@ -22,6 +23,10 @@ class Sizes:
 def problems(policy: Policy, model: Mapping[int, Sizes]) -> list[str]:
     """What keeps `policy` from being served with `model`, MoE layers by layer id."""
     found = [p for s in set(model.values()) for p in policy.check(s.top_k, s.num_experts)]
+    if not found:
+        starts = [0, *sorted(policy.starts())]
+        for layer, s in model.items():
+            found += rule_problems(policy, starts, layer, s.top_k, s.num_experts)
     for where, named in _named_layers(policy):
         found += [f"{where}: {problem}" for problem in _not_routed(named, model)]
     return list(dict.fromkeys(found))

@@ -124,8 +124,7 @@ def build_table(
         artifacts: artifact name per policy; None for policies that use none.
 
     Raises:
-        PolicyError: a policy does not fit the layer or lacks its artifact, or its rule changes
-            between its steps.
+        PolicyError: a policy does not fit the layer, lacks its artifact, or gives a wrong rule.
     """
     similarity, coefficients = similarity or {}, coefficients or {}
     artifacts = artifacts or [None] * len(policies)
@@ -135,19 +134,18 @@ def build_table(
     floats = words.view(torch.float32)
     for row, (policy, artifact) in enumerate(zip(policies, artifacts, strict=True)):
         _check(policy, artifact, similarity, top_k, num_experts)
+        _check_rule(policy, starts, layer, top_k, num_experts)
         for step, start in enumerate(starts):
             place = Place(layer, start, top_k, num_experts)
             if policy.is_vanilla(place):
                 continue
-            rule = policy.rule(place)
-            _check_artifact(rule, policy)
+            rule = policy.rule_at(place)
             flags = _flags(rule, artifact in coefficients)
             numbers = _numbers(rule, flags, places.get(artifact or "", 0))
             for word, name in enumerate(WORDS):
                 if name in numbers:
                     to = floats if name in FLOATS else words
                     to[row, step, word] = numbers[name]
-        _check_steps(policy, starts, layer, top_k, num_experts)
     words[..., _START] = torch.tensor(starts, dtype=torch.int32)
     return PolicyTable(
         words=words,
@@ -208,28 +206,43 @@ def _check(
         raise PolicyError("; ".join(problems))
 
 
-def _check_artifact(rule: Rule, policy: Policy) -> None:
-    if rule.uses_similarity and not policy.uses_similarity:
-        raise PolicyError(
-            f"kind {policy.kind}: its rule uses similarity (threshold or mapped_share), but its "
-            "uses_similarity is False, so that no artifact is loaded for it"
-        )
-
-
-def _check_steps(
+def _check_rule(
     policy: Policy, starts: Sequence[int], layer: int, top_k: int, num_experts: int
 ) -> None:
-    """Hold a policy to its steps: a rule that changes between two would be served as it began."""
+    problem = next(rule_problems(policy, starts, layer, top_k, num_experts), "")
+    if problem:
+        raise PolicyError(problem)
+
+
+def rule_problems(
+    policy: Policy, starts: Sequence[int], layer: int, top_k: int, num_experts: int
+) -> Iterator[str]:
+    """What is wrong with the rule that `policy` gives on a layer, whatever its parameters.
+
+    Args:
+        starts: numbers of live rows from which on it may be another, in order. A rule that changes
+            between two of them would be served as it began.
+    """
     for start, end in pairwise([*starts, MAX_ROWS + 1]):
         first, *others = (
             Place(layer, n, top_k, num_experts) for n in _probes(max(start, 1), end - 1)
         )
-        for place in others:
-            if policy.rule(place) != policy.rule(first):
-                raise PolicyError(
-                    f"kind {policy.kind}: its rule at {place.live_rows} live rows is not that at "
-                    f"{first.live_rows}; add every number of rows at which it changes to `steps`"
-                )
+        try:
+            rule = policy.rule_at(first)
+            changed = [place for place in others if policy.rule_at(place) != rule]
+        except PolicyError as error:
+            yield str(error)
+            continue
+        for place in changed[:1]:
+            yield (
+                f"kind: {policy.kind} has another rule at {place.live_rows} live rows than at "
+                f"{first.live_rows}: add every number of rows from which on it changes to `steps`"
+            )
+        if rule.uses_similarity and not policy.uses_similarity:
+            yield (
+                f"kind: {policy.kind} has a rule that uses similarity (threshold or mapped_share), "
+                "but its uses_similarity is False, so that no artifact is loaded for it"
+            )
 
 
 def _probes(first: int, last: int) -> Iterator[int]:

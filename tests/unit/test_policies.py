@@ -441,7 +441,6 @@ DOUBTFUL: list[tuple[type[Policy], dict[str, Any], str]] = [
     ),
     (
         TopK,
-        TorchPolicy,
         {"k0": {"default": 8, "layers": {"0-3": 2}}, "engage": {"layers": "3-5", "max_rows": 9}},
         "",
     ),
@@ -539,7 +538,7 @@ def test_a_rule_may_follow_the_live_rows_by_a_formula() -> None:
 
 def test_a_rule_that_changes_between_its_steps_is_refused() -> None:
     """It would be served as it was at the step below."""
-    with pytest.raises(PolicyError, match="kind ramp: its rule at 2 live rows is not that at 1"):
+    with pytest.raises(PolicyError, match="ramp has another rule at 2 live rows than at 1: add"):
         build(Ramp(says_so=False))
 
 
@@ -555,6 +554,46 @@ class Unannounced(Policy):
 def test_a_rule_that_needs_an_artifact_must_announce_it() -> None:
     with pytest.raises(PolicyError, match="uses_similarity is False"):
         build(Unannounced())
+
+
+class Failing(Policy):
+    """Gives what is no rule, in one of several ways."""
+
+    kind: Literal["failing"] = "failing"
+    way: str
+
+    def rule(self, place: Place) -> Rule:
+        if self.way == "exception":
+            return Rule(k0=1 // (place.live_rows - 1))
+        return Rule(k0=-1) if self.way == "number" else None  # type: ignore[return-value]
+
+
+NO_RULE = r"failing gives no rule at Place\(layer=0, live_rows=1, top_k=4, num_experts=8\)"
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("exception", f"{NO_RULE}: ZeroDivisionError"),
+        ("number", f"{NO_RULE}: k0: Input should be greater than or equal to 0"),
+        ("none", f"{NO_RULE} but None"),
+    ],
+)
+def test_a_policy_that_gives_no_rule_is_refused_with_the_place(way: str, expected: str) -> None:
+    """While its table is built, and before, when it is held to a model."""
+    policy = Failing(way=way)
+    with pytest.raises(PolicyError, match=expected):
+        build(policy)
+    (problem,) = problems(policy, {0: Sizes(TOP_K, NUM_EXPERTS)})
+    assert re.search(expected, problem)
+
+
+@pytest.mark.parametrize("policy", [Ramp(says_so=False), Unannounced()])
+def test_a_wrong_rule_is_told_when_a_policy_is_held_to_a_model(policy: Policy) -> None:
+    """`check` says what a server would."""
+    with pytest.raises(PolicyError) as refused:
+        build(policy)
+    assert str(refused.value) in problems(policy, {0: Sizes(TOP_K, NUM_EXPERTS)})
 
 
 def test_the_words_of_a_table_are_those_of_the_kernels() -> None:
@@ -800,7 +839,7 @@ def test_a_policy_without_passes_says_so() -> None:
     class Unfinished(Policy):
         kind: Literal["unfinished"] = "unfinished"
 
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(PolicyError, match="Unfinished defines no rule"):
         call([Unfinished()], [0])
 
 
