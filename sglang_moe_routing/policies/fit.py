@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from .base import Policy
 from .rule import Place
@@ -24,9 +25,7 @@ def problems(policy: Policy, model: Mapping[int, Sizes]) -> list[str]:
     """What keeps `policy` from being served with `model`, MoE layers by layer id."""
     found = [p for s in set(model.values()) for p in policy.check(s.top_k, s.num_experts)]
     if not found:
-        starts = [0, *sorted(policy.starts())]
-        for layer, s in model.items():
-            found += rule_problems(policy, starts, layer, s.top_k, s.num_experts)
+        found += islice(_rule_problems(policy, model), 1)  # one wrong rule is wrong in many places
     for where, named in _named_layers(policy):
         found += [f"{where}: {problem}" for problem in _not_routed(named, model)]
     return list(dict.fromkeys(found))
@@ -42,6 +41,12 @@ def doubts(policy: Policy, model: Mapping[int, Sizes]) -> list[str]:
         return [f"{kind}: every token keeps all its {top_k} experts, as under vanilla"]
     found = [d for s in set(model.values()) for d in policy.doubts(s.top_k, s.num_experts)]
     return list(dict.fromkeys(found))
+
+
+def _rule_problems(policy: Policy, model: Mapping[int, Sizes]) -> Iterator[str]:
+    starts = [0, *sorted(policy.starts())]
+    for layer, sizes in model.items():
+        yield from rule_problems(policy, starts, layer, sizes.top_k, sizes.num_experts)
 
 
 def _acts(policy: Policy, model: Mapping[int, Sizes]) -> bool:

@@ -21,6 +21,7 @@ from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import BODY_ITEMS, BODY_PLACES, load_config
 from sglang_moe_routing.integration import environment, settings
 from sglang_moe_routing.kernels import native
+from tests.examples import example_registry
 
 ROOT = Path(__file__).parents[2]
 INTEGRATION = ROOT / "sglang_moe_routing" / "integration"
@@ -127,7 +128,7 @@ def test_configs_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
         if language == "yaml" and "version" in (yaml.safe_load(text) or {}):
             file = tmp_path / f"{number}.yaml"
             file.write_text(text, encoding="utf-8")
-            load_config(file)
+            load_config(file, example_registry())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
