@@ -145,7 +145,6 @@ def test_marked_python_examples_print_what_they_say(page: Path, tmp_path: Path) 
 
 def test_there_are_marked_examples() -> None:
     assert len(TESTED.findall(read("concepts.md"))) == 1
-    assert len(TESTED.findall(read("architecture.md"))) == 2
 
 
 def test_all_python_examples_compile() -> None:
