@@ -118,10 +118,10 @@ BAD_CALLS = {
         router=Router(),
         statistics=torch.zeros(4, dtype=torch.int64),
     ),
-    "topk_ids: expected a top_k of 1 to 16": of_size(NUM_TOKENS, 32, 17),
+    "topk_ids: expected a top_k of 1 to 32": of_size(NUM_TOKENS, 64, 33),
     "topk_ids: expected a top_k of at most the number": of_size(NUM_TOKENS, 4, 5),
     "scores: expected at most 65535 rows": of_size(MAX_ROWS + 1, NUM_EXPERTS, TOP_K),
-    "scores: expected 1 to 512 experts": of_size(NUM_TOKENS, 513, TOP_K),
+    "scores: expected 1 to 1024 experts": of_size(NUM_TOKENS, 1025, TOP_K),
 }
 
 
@@ -201,8 +201,11 @@ def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
         artifacts=[spec.get("artifact") for spec in case.specs],
         device=device,
     )
-    assert table.capacity == Capacity(policies=len(case.specs), steps=5, matrices=2)
-    wide = with_capacity(table, Capacity(policies=len(case.specs) + 3, steps=9, matrices=3))
+    num_matrices = len(case.artifacts) + len(case.coefficients)
+    assert table.capacity == Capacity(policies=len(case.specs), steps=5, matrices=num_matrices)
+    wide = with_capacity(
+        table, Capacity(policies=len(case.specs) + 3, steps=9, matrices=num_matrices + 1)
+    )
     arguments = [
         t.to(device)
         for t in (case.scores, case.topk_ids, case.topk_weights, policy_ids(case, torch.int32))

@@ -441,7 +441,6 @@ DOUBTFUL: list[tuple[type[Policy], dict[str, Any], str]] = [
     ),
     (
         TopK,
-        TorchPolicy,
         {"k0": {"default": 8, "layers": {"0-3": 2}}, "engage": {"layers": "3-5", "max_rows": 9}},
         "",
     ),
