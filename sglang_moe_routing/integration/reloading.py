@@ -233,6 +233,7 @@ def _commit(state: Runtime, staged: Staged) -> None:
             layer.kernel_table.rewrite(compiled)
         else:
             layer.kernel_table = compiled
+            state.bind(layer)
     if is_cuda:
         torch.cuda.synchronize()
     state.adopt(staged.loaded, staged.artifacts, staged.table)

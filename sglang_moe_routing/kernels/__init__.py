@@ -11,15 +11,17 @@ from .native import (
     build_cuda,
     choose,
 )
-from .ops import refine, refine_out, workspace
+from .ops import NOT_COUNTED, BoundLayer, refine, workspace
 from .table import KernelTable, Room, compile_table, unsupported, with_room
 
 __all__ = [
     "CACHE",
     "CHOICE",
     "MAX_ROWS",
+    "NOT_COUNTED",
     "REFERENCE",
     "TARGET_ARCHITECTURES",
+    "BoundLayer",
     "Implementation",
     "KernelTable",
     "Room",
@@ -28,7 +30,6 @@ __all__ = [
     "choose",
     "compile_table",
     "refine",
-    "refine_out",
     "unsupported",
     "with_room",
     "workspace",
