@@ -284,11 +284,11 @@ class Runtime:
 
         Shared-expert columns stay untouched.
         """
-        plan, num_rows = self.plan, topk_ids.shape[0]
+        plan, rows = self.plan, self.rows
         if plan is None and not self.is_capturing:
             return
         self.asked.append(layer.index)
-        rows = self.rows
+        num_rows, num_columns = topk_ids.shape
         if rows is None or router_logits.shape != (num_rows, layer.num_experts):
             raise EngineError(
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
@@ -307,10 +307,9 @@ class Runtime:
             self._write_rows(plan, num_rows)
         else:
             self.captured_rows = max(self.captured_rows, num_rows)
-        ids, weights = topk_ids, topk_weights
-        if ids.shape[1] > layer.top_k:
-            ids, weights = ids[:, : layer.top_k], weights[:, : layer.top_k]
-        call = layer, num_rows, router_logits, ids, weights
+        if num_columns > layer.top_k:
+            topk_ids, topk_weights = topk_ids[:, : layer.top_k], topk_weights[:, : layer.top_k]
+        call = layer, num_rows, router_logits, topk_ids, topk_weights
         counts = self.statistics is not None and (plan is None or plan.is_decode)
         if rows.num_groups > 1:
             self._reroute_by_group(Call(*call), counts)

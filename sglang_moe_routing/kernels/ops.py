@@ -73,6 +73,7 @@ class BoundLayer:
             router.scale,
             int(free_slots),
         )
+        self._run.release_gil = False  # a call is over before another thread could take it
 
     def reroute(
         self,
