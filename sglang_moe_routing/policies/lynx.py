@@ -23,6 +23,4 @@ class Lynx(Filled):
 
     def rule(self, place: Place) -> Rule:
         max_active = self.max_active.value(place.layer, place.live_rows)
-        return Rule(
-            k0=0, max_active=max_active, exponent=0, max_rank=place.top_k, **self.weights()
-        )
+        return Rule(k0=0, max_active=max_active, exponent=0, max_rank=place.top_k, **self.weights())
