@@ -175,15 +175,17 @@ class Calibration:
         return output
 
     def _write_matrix(self, layer: int, metric: Metric) -> None:
-        matrix = metric.matrix()
-        if not bool(torch.isfinite(matrix).all()):
+        found = {"similarity": metric.matrix(), "coefficient": metric.coefficients()}
+        matrices = {name: matrix for name, matrix in found.items() if matrix is not None}
+        if not all(bool(torch.isfinite(matrix).all()) for matrix in matrices.values()):
             damaged = metric.experts.damaged()
             cause = (
                 f"{damaged or 'not a parameter, but what it is given'} has NaN or infinite values"
             )
             raise CalibrationError(f"{self.name}: layer {layer} has no similarity: {cause}")
         notes = {"notes": json.dumps(metric.notes())}
-        _write({"similarity": matrix.to(self.dtype)}, self._matrix_file(layer), notes)
+        stored = {name: matrix.to(self.dtype) for name, matrix in matrices.items()}
+        _write(stored, self._matrix_file(layer), notes)
 
     # --- partial results -----------------------------------------------------------------------
 
@@ -272,10 +274,13 @@ class Calibration:
     # --- the artifact --------------------------------------------------------------------------
 
     def _artifact(self) -> SimilarityArtifact:
-        matrices, notes = {}, {}
+        matrices, coefficients, notes = {}, {}, {}
         for layer in self._wanted:
             with self._naming_damage():
-                matrices[layer], note = _read_matrix(self._matrix_file(layer))
+                tensors, note = _read_matrix(self._matrix_file(layer))
+            matrices[layer] = tensors["similarity"]
+            if "coefficient" in tensors:
+                coefficients[layer] = tensors["coefficient"]
             if note:
                 notes[str(layer)] = note
         return SimilarityArtifact(
@@ -284,6 +289,7 @@ class Calibration:
             model=self.name,
             details=self._details(notes),
             fingerprint=self._fingerprint,
+            coefficients=coefficients,
         )
 
     def _details(self, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,11 +334,12 @@ def check_experts(experts: Experts, routing: Routing, num_tokens: int = 32) -> N
         )
 
 
-def _read_matrix(file: Path) -> tuple[Tensor, Any]:
+def _read_matrix(file: Path) -> tuple[dict[str, Tensor], Any]:
     from safetensors import safe_open
 
     with safe_open(str(file), framework="pt") as stored:
-        return stored.get_tensor("similarity"), json.loads(stored.metadata()["notes"])
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        return tensors, json.loads(stored.metadata()["notes"])
 
 
 def _write(tensors: dict[str, Tensor], file: Path, notes: dict[str, str]) -> None:
