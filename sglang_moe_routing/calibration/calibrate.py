@@ -338,7 +338,7 @@ def _read_matrix(file: Path) -> tuple[dict[str, Tensor], Any]:
     from safetensors import safe_open
 
     with safe_open(str(file), framework="pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
         return tensors, json.loads(stored.metadata()["notes"])
 
 
