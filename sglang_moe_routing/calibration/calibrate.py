@@ -175,17 +175,18 @@ class Calibration:
         return output
 
     def _write_matrix(self, layer: int, metric: Metric) -> None:
-        found = {"similarity": metric.matrix(), "coefficient": metric.coefficients()}
-        matrices = {name: matrix for name, matrix in found.items() if matrix is not None}
-        if not all(bool(torch.isfinite(matrix).all()) for matrix in matrices.values()):
+        matrix, coefficients = metric.matrix(), metric.coefficients()
+        if not bool(torch.isfinite(matrix).all()):
             damaged = metric.experts.damaged()
             cause = (
                 f"{damaged or 'not a parameter, but what it is given'} has NaN or infinite values"
             )
             raise CalibrationError(f"{self.name}: layer {layer} has no similarity: {cause}")
         notes = {"notes": json.dumps(metric.notes())}
-        stored = {name: matrix.to(self.dtype) for name, matrix in matrices.items()}
-        _write(stored, self._matrix_file(layer), notes)
+        tensors = {"similarity": matrix.to(self.dtype)}
+        if coefficients is not None:
+            tensors["coefficient"] = coefficients.to(self.dtype)
+        _write(tensors, self._matrix_file(layer), notes)
 
     # --- partial results -----------------------------------------------------------------------
 
