@@ -65,7 +65,7 @@ METRICS: Mapping[str, Metric] = {
         highest=float("inf"),
     ),
     "least_squares": Metric(
-        "share of u's output that v, times its coefficient, explains",
+        "share of u's output that the best multiple of v explains",
         symmetric=False,
         lowest=0.0,
         has_coefficients=True,

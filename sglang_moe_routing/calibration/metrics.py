@@ -280,7 +280,7 @@ class Joint(Routed):
 
 
 class LeastSquares(RoutedTokens):
-    """The share of u's output that v explains, scaled by its best coefficient.
+    """The share of u's output that the best multiple of v explains.
 
     Over the tokens that the router sends to u, w_u being u's combine weight, ``|E_u - c E_v|^2`` is
     least at ``c = g / n_v``, and then smaller than ``|E_u|^2`` by the share Sim::
