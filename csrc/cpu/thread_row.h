@@ -132,6 +132,8 @@ class ThreadRow {
     pool_ = scratch_.keys;
   }
 
+  MOE_ROUTING_FN void reopen() { open(); }
+
   MOE_ROUTING_FN int rank_base(Ints& order) {
     int64_t keys[kMaxTopK];
     int n = 0;

@@ -121,8 +121,6 @@ class WarpRow {
   }
 
   __device__ __forceinline__ void open() {
-    if (is_open_) return;
-    is_open_ = true;
     read_keys();
     if (call_.scoring == Scoring::softmax) {
       softmax_.top = largest_logit();
@@ -136,6 +134,8 @@ class WarpRow {
       if (call_.num_groups > 1) limit_groups();
     }
   }
+
+  __device__ __forceinline__ void reopen() const {}  // the row that decided is the one that settles
 
   __device__ __forceinline__ int rank_base(int& order) {
     const int expert = base_ids();
@@ -507,7 +507,6 @@ class WarpRow {
   Shared& shared_;
   const bool adds_to_union_;
   Softmax softmax_ = {};
-  bool is_open_ = false;
   unsigned pool_ = 0;     // bit i: expert 32 i + lane can still be popped
   unsigned whole_ = 0;    // the pool before it was restricted to U
   unsigned allowed_ = 0;  // experts of the row's best groups

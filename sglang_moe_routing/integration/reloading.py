@@ -231,7 +231,7 @@ def _commit(state: Runtime, staged: Staged) -> None:
     if is_cuda:
         torch.cuda.synchronize()  # the step in flight ends under the old tables
     for layer, table in staged.layers:
-        layer.adopt(table, in_place=state.has_graphs)
+        state.adopt_table(layer, table)
     if is_cuda:
         torch.cuda.synchronize()
     state.adopt(staged.loaded, staged.artifacts, staged.table)

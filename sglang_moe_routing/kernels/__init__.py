@@ -12,7 +12,7 @@ from .native import (
     build_cuda,
     choose,
 )
-from .ops import refine, refine_out, workspace
+from .ops import NOT_COUNTED, BoundLayer, refine, workspace
 
 __all__ = [
     "CACHE",
@@ -21,15 +21,16 @@ __all__ = [
     "MAX_GROUPS",
     "MAX_ROWS",
     "MAX_TOP_K",
+    "NOT_COUNTED",
     "REFERENCE",
     "TARGET_ARCHITECTURES",
+    "BoundLayer",
     "Implementation",
     "beyond_limits",
     "build_cpu",
     "build_cuda",
     "choose",
     "refine",
-    "refine_out",
     "workspace",
     "written_in_torch",
 ]

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from ..errors import PolicyError
 from .base import Policy
 from .budget import Budget
+from .lynx import Lynx
 from .oea import OEA
 from .sere import SERE
 from .topk import TopK
@@ -63,7 +64,7 @@ class PolicyRegistry:
         return [self._kinds[kind] for kind in self]
 
 
-BUILTIN: tuple[type[Policy], ...] = (Vanilla, TopK, OEA, SERE, Budget, XShare)
+BUILTIN: tuple[type[Policy], ...] = (Vanilla, TopK, OEA, SERE, Budget, XShare, Lynx)
 
 
 def builtin_registry() -> PolicyRegistry:

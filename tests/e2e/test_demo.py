@@ -77,7 +77,7 @@ def test_source_distribution_holds_what_the_tests_read(distributions: Path) -> N
     (path,) = distributions.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("docker", "docs", "tests", "scripts", "configs", "csrc"):
+    for folder in ("docker", "docs", "examples", "tests", "scripts", "configs", "csrc"):
         files = (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc")
         assert {str(p.relative_to(ROOT)) for p in files} - names == set()
     assert {"README.md", "CHANGELOG.md", "docker/Dockerfile", ".ci/run"} <= names

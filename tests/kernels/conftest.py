@@ -139,32 +139,57 @@ def assert_agrees(got: Outcome, expected: Outcome) -> None:
 
 
 class Compiled:
-    """The torch ops on one kind of device."""
+    """The compiled functions on one kind of device, which know of no outputs but the inputs."""
 
     def __init__(self, device: str) -> None:
         self.device = device
 
     def __call__(self, call: Call, *, out_gap: int = 0, in_place: bool = False) -> Outcome:
+        if out_gap:
+            call = replace(
+                call,
+                topk_ids=apart(call.topk_ids, out_gap),
+                topk_weights=apart(call.topk_weights, out_gap),
+            )
         table = call.table.to(self.device)
         call = replace(call.laid_out(self.place), router=self.place_router(call.router))
-        statistics = torch.zeros(NUM_STATISTICS, dtype=torch.int64, device=self.device)
-        plan = call.policy_ids.to(self.device)
+        call = replace(call, policy_ids=call.policy_ids.to(self.device))
         if out_gap or in_place:
-            outputs = self._run_out(call, plan, table, statistics, out_gap, in_place)
-        else:
-            outputs = kernels.refine(
-                call.scores,
-                call.topk_ids,
-                call.topk_weights,
-                plan,
-                table,
-                call.router,
-                gates=call.gates,
-                statistics=statistics,
-                free_slots=call.free_slots,
-            )
+            return self._run_in_place(call, table)
+        statistics = torch.zeros(NUM_STATISTICS, dtype=torch.int64, device=self.device)
+        outputs = kernels.refine(
+            call.scores,
+            call.topk_ids,
+            call.topk_weights,
+            call.policy_ids,
+            table,
+            call.router,
+            gates=call.gates,
+            statistics=statistics,
+            free_slots=call.free_slots,
+        )
         ids, weights, union = (tensor.cpu() for tensor in outputs)
         return Outcome(ids, weights, union, statistics.tolist(), num_launches=0)
+
+    def _run_in_place(self, call: Call, table: PolicyTable) -> Outcome:
+        """As a server calls: all that does not change is bound to the layer before."""
+        ids, weights, router = call.topk_ids, call.topk_weights, call.router
+        union = torch.ones(call.scores.shape[1], dtype=torch.bool, device=self.device)
+        statistics = torch.zeros(3, NUM_STATISTICS, dtype=torch.int64, device=self.device)
+        layer = kernels.BoundLayer(
+            table,
+            router,
+            union,
+            top_k=ids.shape[1],
+            statistics=statistics,
+            workspace=kernels.workspace(self.device),
+            free_slots=call.free_slots,
+        )
+        layer.reroute(call.scores, ids, weights, call.policy_ids, router.bias, 1, call.gates)
+        assert_gaps_untouched(ids)
+        assert_gaps_untouched(weights)
+        assert not statistics[[0, 2]].any()
+        return Outcome(ids.cpu(), weights.cpu(), union.cpu(), statistics[1].tolist(), 0)
 
     def place(self, tensor: Tensor) -> Tensor:
         """A copy on the device with the strides of `tensor`."""
@@ -176,33 +201,6 @@ class Compiled:
 
     def place_router(self, router: Router) -> Router:
         return router if router.bias is None else replace(router, bias=router.bias.to(self.device))
-
-    def _run_out(
-        self,
-        call: Any,
-        plan: Tensor,
-        table: PolicyTable,
-        statistics: Tensor,
-        out_gap: int,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_experts = call.scores.shape[1]
-        ids, weights = call.topk_ids, call.topk_weights
-        out_ids, out_weights = ids, weights
-        if not in_place:
-            empty = (
-                torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ids, weights)
-            )
-            out_ids, out_weights = (self.place(apart(tensor, out_gap)) for tensor in empty)
-        union = torch.ones(num_experts, dtype=torch.bool, device=self.device)
-        outputs = {"out_ids": out_ids, "out_weights": out_weights, "out_union": union}
-        outputs |= {"statistics": statistics, "workspace": kernels.workspace(self.device)}
-        outputs |= {"free_slots": call.free_slots}
-        inputs = (call.scores, ids, weights, plan, table, call.router)
-        kernels.refine_out(*inputs, gates=call.gates, **outputs)
-        assert_gaps_untouched(out_ids)
-        assert_gaps_untouched(out_weights)
-        return out_ids, out_weights, union
 
 
 class Simulated:

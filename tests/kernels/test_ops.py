@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from sglang_moe_routing.errors import PolicyError
 from sglang_moe_routing.kernels import (
+    MAX_EXPERTS,
     MAX_ROWS,
+    MAX_TOP_K,
+    NOT_COUNTED,
+    BoundLayer,
     beyond_limits,
     choose,
     ops,
     refine,
-    refine_out,
 )
 from sglang_moe_routing.policies import (
     OEA,
@@ -58,16 +62,6 @@ def inputs(device: str = "cpu") -> dict[str, Tensor]:
         "policy_ids": policy_ids.int(),
     }
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def outputs(device: str) -> dict[str, Tensor | None]:
-    return {
-        "out_ids": torch.empty(NUM_TOKENS, TOP_K, dtype=torch.int32, device=device),
-        "out_weights": torch.empty(NUM_TOKENS, TOP_K, device=device),
-        "out_union": torch.empty(NUM_EXPERTS, dtype=torch.bool, device=device),
-        "statistics": torch.zeros(6, dtype=torch.int64, device=device),
-        "workspace": None,
-    }
 
 
 def test_statistics_are_added_to() -> None:
@@ -118,10 +112,16 @@ BAD_CALLS = {
         router=Router(),
         statistics=torch.zeros(4, dtype=torch.int64),
     ),
-    "topk_ids: expected a top_k of 1 to 16": of_size(NUM_TOKENS, 32, 17),
-    "topk_ids: expected a top_k of at most the number": of_size(NUM_TOKENS, 4, 5),
-    "scores: expected at most 65535 rows": of_size(MAX_ROWS + 1, NUM_EXPERTS, TOP_K),
-    "scores: expected 1 to 512 experts": of_size(NUM_TOKENS, 513, TOP_K),
+    f"top_k: expected 1 to {MAX_TOP_K}": of_size(NUM_TOKENS, 2 * MAX_TOP_K, MAX_TOP_K + 1),
+    "top_k: expected at most the number of experts": of_size(NUM_TOKENS, 4, 5),
+    f"scores: expected at most {MAX_ROWS} rows": of_size(MAX_ROWS + 1, NUM_EXPERTS, TOP_K),
+    f"union: expected 1 to {MAX_EXPERTS} experts": of_size(NUM_TOKENS, MAX_EXPERTS + 1, TOP_K),
+    r"bias: expected shape \[16\]": lambda: refine(
+        **inputs(), table=make_table(), router=Router("sigmoid", bias=torch.zeros(17))
+    ),
+    r"gates: expected shape \[6, 16\]": lambda: refine(
+        **inputs(), table=make_table(), router=Router(), gates=torch.zeros(6, 15)
+    ),
 }
 
 
@@ -156,22 +156,96 @@ def test_python_and_the_kernels_agree(header: str, constant: str, value: int) ->
     assert f"constexpr int {constant} = {value};" in (building.CSRC / header).read_text()
 
 
-def test_outputs_are_checked_too() -> None:
-    given, out = inputs(), outputs("cpu")
-    out["out_weights"] = torch.empty(NUM_TOKENS, TOP_K, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="out_weights: expected the element type of topk_weights"):
-        refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
-    out = outputs("cpu") | {"out_ids": torch.empty(TOP_K, NUM_TOKENS, dtype=torch.int32).T}
-    with pytest.raises(ValueError, match="out_ids: expected adjacent elements"):
-        refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
+def bind(union: Tensor | None = None, statistics: Tensor | None = None) -> BoundLayer:
+    union = torch.empty(NUM_EXPERTS, dtype=torch.bool) if union is None else union
+    return BoundLayer(make_table(), Router(), union, top_k=TOP_K, statistics=statistics)
+
+
+BAD_IN_PLACE = {
+    "topk_ids: expected adjacent elements": ("topk_ids", lambda t: t.T.contiguous().T),
+    "topk_weights: expected adjacent elements": ("topk_weights", lambda t: t.T.contiguous().T),
+    "topk_ids: expected rows that do not overlap": ("topk_ids", lambda t: t[:1].expand(6, -1)),
+    "topk_weights: expected rows that do not": ("topk_weights", lambda t: t[:1].expand(6, -1)),
+    r"topk_ids: expected shape \[6, 4\], got \[6, 3\]": ("topk_ids", lambda t: t[:, :3]),
+    r"scores: expected shape \[6, 16\], got \[6, 15\]": ("scores", lambda t: t[:, :15]),
+    "policy_ids: expected a contiguous tensor": ("policy_ids", lambda t: t.repeat(2)[::2]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_IN_PLACE)
+def test_what_cannot_be_routed_in_place_is_left_alone(message: str) -> None:
+    name, change = BAD_IN_PLACE[message]
+    given = inputs()
+    given[name] = change(given[name])
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    with pytest.raises(ValueError, match=message):
+        bind().reroute(**given)
+    assert all(torch.equal(given[name], before[name]) for name in given)
+
+
+def test_only_parts_that_the_statistics_have_are_added_to() -> None:
+    statistics = torch.zeros(2, 6, dtype=torch.int64)
+    layer = bind(statistics=statistics)
+    layer.reroute(**inputs(), part=1)
+    layer.reroute(**inputs(), part=NOT_COUNTED)
+    assert statistics[:, 0].tolist() == [0, 1]
+    for other in (layer, bind()):
+        with pytest.raises(ValueError, match="part: expected one that the statistics have"):
+            other.reroute(**inputs(), part=2)
+    assert statistics[:, 0].tolist() == [0, 1]
+
+
+def test_the_union_must_be_of_truth_values() -> None:
+    with pytest.raises(ValueError, match="union: expected elements of 8 bits"):
+        bind(torch.empty(NUM_EXPERTS))
+
+
+def test_a_bound_layer_keeps_its_tensors() -> None:
+    """Nobody else has to hold them: what is allocated later does not take their place."""
+    layer = bind()
+    filler = [torch.full_like(make_table().words, 7) for _ in range(64)]
+    filler += [torch.full((NUM_EXPERTS,), True) for _ in range(64)]
+    given = inputs()
+    layer.reroute(**given)
+    ids, weights, _ = refine(**inputs(), table=make_table(), router=Router())
+    assert torch.equal(given["topk_ids"], ids)
+    assert torch.equal(given["topk_weights"], weights)
+    assert all(tensor.all() for tensor in filler)
+
+
+def test_a_bound_layer_follows_a_rewritten_table() -> None:
+    """As a reload under captured graphs does it."""
+    table, union = make_table(), torch.empty(NUM_EXPERTS, dtype=torch.bool)
+    layer = BoundLayer(table, Router(), union, top_k=TOP_K)
+    vanilla = torch.zeros_like(table.words)
+    table.rewrite(replace(table, words=vanilla))
+    given = inputs()
+    layer.reroute(**given)
+    assert torch.equal(given["topk_ids"], inputs()["topk_ids"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bias_is_that_of_each_call(dtype: torch.dtype) -> None:
+    """An update of the weights may replace it, or write into it."""
+    router = Router("sigmoid", bias=torch.zeros(NUM_EXPERTS, dtype=dtype))
+    table, union = make_table(), torch.empty(NUM_EXPERTS, dtype=torch.bool)
+    layer = BoundLayer(table, router, union, top_k=TOP_K)
+    for expert in (3, 5):
+        given, bias = inputs(), torch.zeros(NUM_EXPERTS, dtype=dtype)
+        given["topk_ids"][:, 0] = expert
+        bias[expert] = 9.0
+        policy_ids = torch.ones_like(given.pop("policy_ids"))
+        layer.reroute(**given, policy_ids=policy_ids, bias=bias)
+        assert (given["topk_ids"] == expert).any(dim=1).all()
+        assert given["topk_ids"].eq(expert).nonzero()[:, 1].eq(0).all()
 
 
 @pytest.mark.parametrize(
     ("num_experts", "top_k", "router", "reason"),
     [
-        (1024, 32, Router(num_groups=32), ""),
-        (1025, 4, Router(), "1025 experts are more than the 1024"),
-        (64, 33, Router(), "33 experts per token are more than the 32"),
+        (MAX_EXPERTS, MAX_TOP_K, Router(num_groups=32), ""),
+        (MAX_EXPERTS + 1, 4, Router(), f"{MAX_EXPERTS + 1} experts are more than the"),
+        (64, MAX_TOP_K + 1, Router(), f"{MAX_TOP_K + 1} experts per token are more"),
         (66, 4, Router(num_groups=33), "33 expert groups are more than the 32"),
     ],
 )
@@ -201,8 +275,11 @@ def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
         artifacts=[spec.get("artifact") for spec in case.specs],
         device=device,
     )
-    assert table.capacity == Capacity(policies=len(case.specs), steps=5, matrices=2)
-    wide = with_capacity(table, Capacity(policies=len(case.specs) + 3, steps=9, matrices=3))
+    num_matrices = len(case.artifacts) + len(case.coefficients)
+    assert table.capacity == Capacity(policies=len(case.specs), steps=5, matrices=num_matrices)
+    wide = with_capacity(
+        table, Capacity(policies=len(case.specs) + 3, steps=9, matrices=num_matrices + 1)
+    )
     arguments = [
         t.to(device)
         for t in (case.scores, case.topk_ids, case.topk_weights, policy_ids(case, torch.int32))

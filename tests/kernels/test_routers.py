@@ -433,11 +433,12 @@ def gates_of(
 ) -> Tensor:
     """The gates of all experts of rows of at most 16 experts, by expert id."""
     num_rows, num_experts = logits.shape
-    ample = Budget.model_validate({"max_active": num_experts})  # weighs every expert anew
+    ample = Budget.model_validate({"max_active": num_experts})
     table = build_table([ample], layer=0, top_k=num_experts, num_experts=num_experts)
     router = Router(scoring=scoring, renormalize=False, scale=scale)
     plan = torch.zeros(num_rows, dtype=torch.int32)
     ids = torch.arange(num_experts, dtype=torch.int32).repeat(num_rows, 1)
+    ids[:, -1] = -1  # a choice that lacks an expert is weighed anew
     got = compiled(Call(logits, plan, table, router, ids, torch.zeros(num_rows, num_experts)))
     ids = got.topk_ids.long().clamp(min=0)  # a free slot weighs nothing
     return torch.zeros(logits.shape).scatter_add_(1, ids, got.topk_weights)

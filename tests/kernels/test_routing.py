@@ -482,6 +482,7 @@ def test_merged_slots_keep_the_sum_of_a_row(
     implementation: Implementation, case: Case, seed: int
 ) -> None:
     """A row under sere weighs what it came with, however many of its slots end on one expert."""
+    case = with_every(case, c=1.0)
     got = implementation(call_of(case, seed=seed))
     rows = [b for b in case.live if case.specs[case.row_specs[b] or 0]["kind"] == "sere"]
     before, after = (x[rows].sum(dim=1) for x in (case.topk_weights, got.topk_weights))
@@ -572,7 +573,7 @@ def test_one_live_row_under_oea_is_pruned_as_by_topk(
         "k_max": None if k_max is None else min(k_max, case.top_k),
         "max_rank": min(max_rank, case.num_experts),
     }
-    oea = tuple({**OEA_2, "k0": spec["k0"], **limits} for spec in case.specs)
+    oea = tuple({**OEA_2, "k0": spec["k0"], "c": spec["c"], **limits} for spec in case.specs)
     alone = replace(case, row_specs=rows)
     assert_same(compiled(call_of(replace(alone, specs=oea))), compiled(call_of(alone)))
 
@@ -683,22 +684,72 @@ def test_no_mapped_share_is_no_mapping(
     implementation: Implementation, case: Case, seed: int
 ) -> None:
     """With a share of 0 it does not matter whether there are similarities."""
-    plain = tuple({**spec, "mapped_share": 0.0} for spec in case.specs)
+    plain = with_every(case, mapped_share=0.0).specs
     bare = tuple({k: v for k, v in spec.items() if k != "artifact"} for spec in plain)
     got = implementation(call_of(replace(case, specs=plain), seed=seed))
-    assert_same(got, implementation(call_of(replace(case, specs=bare, artifacts={}), seed=seed)))
+    without = replace(case, specs=bare, artifacts={}, coefficients={})
+    assert_same(got, implementation(call_of(without, seed=seed)))
+
+
+OWN_ORDER = ("topk", "oea", "budget")
+
+
+def with_every(case: Case, **changes: Any) -> Case:
+    """The case with these numbers in every policy that re-routes."""
+    specs = tuple(s if s["kind"] == "vanilla" else {**s, **changes} for s in case.specs)
+    return replace(case, specs=specs)
 
 
 @brief
-@given(any_cases(kinds=("oea", "budget"), weight_types=(torch.float32,)), seeds)
-def test_renormalised_weights_keep_their_sum(
+@given(any_cases(kinds=OWN_ORDER, weight_types=(torch.float32,)), seeds)
+def test_rows_weigh_what_they_kept_and_a_share_of_what_they_lost(
     implementation: Implementation, case: Case, seed: int
 ) -> None:
-    """Mapped or not, a row weighs what it came with."""
-    gates = case.gates.nan_to_num(1.0) + 0.125
-    got = implementation(call_of(replace(case, gates=gates, renormalize=True), seed=seed))
-    before, after = (x[case.live].sum(dim=1) for x in (case.topk_weights, got.topk_weights))
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=0.0)
+    """W * (kept + c * (1 - kept)) in all, of which a mapped share weighs what the row came with."""
+    case = replace(case, gates=case.gates.nan_to_num(1.0) + 0.125, renormalize=True)
+    case = keep_off_thresholds(case)
+    got = implementation(call_of(case, seed=seed))
+    for b in case.live:
+        spec, final = case.spec(b) or {}, set(got.topk_ids[b].tolist())
+        base = case.topk_ids[b].tolist()
+        lost = sum(case.gates[b, j].item() for j in base if j not in final)
+        share = 1 if spec["c"] is None else spec["c"]
+        given_up = (1 - share) * lost / case.gates[b, base].double().sum()
+        target = 1 - given_up * (1 - spec.get("mapped_share", 0.0))
+        total = case.topk_weights[b].double().sum()
+        torch.testing.assert_close(
+            got.topk_weights[b].double().sum(), total * target, rtol=1e-5, atol=0.0
+        )
+
+
+@brief
+@given(any_cases(kinds=OWN_ORDER, weight_types=(torch.float32,)), seeds)
+def test_full_compensation_is_what_the_papers_do(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """Where the model normalises, c = 1 is its own weights, to two units in the last place."""
+    case = replace(case, renormalize=True)
+    plain, full = (implementation(call_of(with_every(case, c=c), seed=seed)) for c in (None, 1.0))
+    assert torch.equal(full.topk_ids, plain.topk_ids)
+    torch.testing.assert_close(full.topk_weights, plain.topk_weights, rtol=2 * 2.0**-23, atol=0.0)
+
+
+@brief
+@given(any_cases(), st.sampled_from((None, 0.0, 0.5, 1.0)), seeds)
+def test_a_row_whose_choice_is_loaded_stays_as_it_is(
+    implementation: Implementation, case: Case, compensation: float | None, seed: int
+) -> None:
+    """Bit for bit, in the engine's order of columns, unless its policy cuts it."""
+    case = keep_off_thresholds(with_every(case, c=compensation))
+    got = implementation(call_of(case, seed=seed))
+    for b in case.live:
+        numbers = oracles.numbers_of(case.spec(b) or {})
+        is_cut = numbers["rho"] is None and (
+            min(numbers["k_max"], numbers["max_rank"]) < case.top_k
+        )
+        if got.union[case.topk_ids[b]].all() and not is_cut:
+            assert torch.equal(got.topk_ids[b], case.topk_ids[b])
+            assert_same_bits(got.topk_weights[b], case.topk_weights[b])
 
 
 def test_an_empty_matrix_may_have_any_strides() -> None:

@@ -51,7 +51,7 @@ from tests import oracles
 
 ROOT = Path(__file__).parents[2]
 NUM_EXPERTS, TOP_K = 8, 4
-BUILTIN = ["budget", "oea", "sere", "topk", "vanilla", "xshare"]
+BUILTIN = ["budget", "lynx", "oea", "sere", "topk", "vanilla", "xshare"]
 
 
 # --- registry ----------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_a_second_class_of_the_same_kind_is_refused() -> None:
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
     """Asking for an unknown kind names it and every kind there is."""
-    with pytest.raises(PolicyError, match=r"'seer' is not registered; known: budget, oea, sere, t"):
+    with pytest.raises(PolicyError, match=r"'seer' is not registered; known: budget, lynx, oea"):
         builtin_registry()["seer"]
 
 
@@ -487,6 +487,10 @@ PRESETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"k0": 1, "max_active": 14, "exponent": 1, "compensation": 0.6},
     ),
     ({"kind": "xshare", "max_active": 14}, {"k0": 1, "max_active": 14, "exponent": 1}),
+    (
+        {"kind": "lynx", "max_active": 14},
+        {"k0": 0, "max_active": 14, "exponent": 0, "max_rank": 8},
+    ),
 ]
 
 

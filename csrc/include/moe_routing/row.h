@@ -18,6 +18,7 @@
 //   sum(floats), sum_first(floats, n)   sum over the slots, or over the first n
 //   open()                              read the row's scores, unless done; every expert is then
 //                                       in the pool
+//   reopen()                            the same in pass 2, where a backend may have let go of them
 //   softmax()                           the row's denominators, known after `open`; only for a
 //                                       backend that makes a new row for pass 2
 //   rank_base(order)                    the engine's valid choices, best first, leave the pool for
@@ -251,7 +252,7 @@ MOE_ROUTING_FN Taken take(Row& row, const typename Row::Ints& order, int num_req
   }
   const int own = n;
   if (n >= limit || max_rank <= k) return {n, own};
-  row.open();
+  row.reopen();
   MOE_ROUTING_ROLLED
   for (int t = 0; t < k; ++t) row.remove(row.get(order, t));
   row.keep_union();
@@ -356,7 +357,7 @@ MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, const Deci
     tally(row, base, base, call.top_k);
     return row.copy_base();
   }
-  if (call.num_groups > 1) row.open();
+  if (call.num_groups > 1) row.reopen();
   typename Row::Ints ids = order;
   Taken taken;
   if (!row.is(kMoves)) taken = take(row, order, decision.num_required, ids);
