@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,12 +97,26 @@ def test_the_installed_example_is_listed_with_its_docstring(installed: dict[str,
     assert [row["kind"] for row in listed["policies"]] == ["vanilla", "doubling", "oea"]
 
 
-def test_without_the_package_its_kind_is_unknown() -> None:
-    config = examples.EXAMPLE / "routing.yaml"
-    done = run(dict(os.environ), "-m", "sglang_moe_routing", "validate", config)
+def refusal(env: dict[str, str], folder: Path, config: str) -> str:
+    """What ``validate`` says of a config that it refuses."""
+    (folder / "routing.yaml").write_text(config)
+    command = [sys.executable, "-m", "sglang_moe_routing", "validate", "routing.yaml"]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "doubling" in done.stderr
-    assert "budget" in done.stderr  # one of those that there are
+    return done.stderr.removeprefix("error: ")
+
+
+def test_refusals_are_what_the_page_prints(installed: dict[str, str], tmp_path: Path) -> None:
+    """Without the package, with a wrong value, and with a package that lacks its module."""
+    config, page = (examples.EXAMPLE / "routing.yaml").read_text(), examples.PAGE.read_text()
+    unknown = refusal(dict(os.environ), tmp_path, config)
+    wrong = refusal(installed, tmp_path, config.replace("0.05", "5"))
+    (metadata,) = Path(installed["PYTHONPATH"].split(os.pathsep)[0]).glob("*.dist-info")
+    shutil.copytree(metadata, tmp_path / metadata.name)
+    without_module = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(without_module)}
+    for line in (unknown, wrong, refusal(env, tmp_path, config)):
+        assert line in page
 
 
 @pytest.mark.skipif(not choose("cpu").is_native, reason="no compiled kernels")
