@@ -286,6 +286,9 @@ def make_table(definitions: Sequence[Definition], layer_id: int, sizes: Sizes) -
         top_k=sizes.top_k,
         num_experts=sizes.num_experts,
         similarity={digest: a.matrices[layer_id] for digest, a in artifacts.items()},
+        coefficients={
+            digest: a.coefficients[layer_id] for digest, a in artifacts.items() if a.coefficients
+        },
         artifacts=[d.artifact.sha256 if d.artifact else None for d in definitions],
     )
 
