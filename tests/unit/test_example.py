@@ -80,11 +80,6 @@ def check(env: dict[str, str], config: Path) -> dict[str, Any]:
 def test_the_page_shows_the_files_of_the_example(language: str, name: str) -> None:
     text = (examples.EXAMPLE / name).read_text()
     assert text in examples.blocks(language)
-    assert {path.name for path in examples.EXAMPLE.iterdir()} - {"__pycache__"} == {
-        "my_policies.py",
-        "pyproject.toml",
-        "routing.yaml",
-    }
     assert len(text.splitlines()) <= 25
 
 
