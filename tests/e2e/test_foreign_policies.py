@@ -123,11 +123,10 @@ def test_a_policy_in_torch_is_served_with_one_warning_where_kernels_idle(
         assert len(warned) == num_warnings
         assert read_statistics(running)["kernels"] == f"torch reference: {reason}"
         calls = running.record(lambda: generate_all(running.url, ["other", "fast"]))
-    lost = [
-        len(set(base) - set(final))
-        for call in calls
-        for name, base, final in zip(call["rows"], call["base_ids"], call["final_ids"], strict=True)
-        if name == "other" and set(final) - {FREE} <= set(base)
-    ]
-    assert len(lost) == sum(call["rows"].count("other") for call in calls)
-    assert any(lost)
+    for call in calls:
+        for row, name in enumerate(call["rows"]):
+            if name == "other":
+                weighed = dict(zip(call["base_ids"][row], call["base_weights"][row], strict=True))
+                kept = {j for j, w in weighed.items() if w >= 0.1 * max(weighed.values())}
+                assert set(call["final_ids"][row]) - {FREE} == kept
+    assert any("other" in call["rows"] for call in calls)
