@@ -187,6 +187,7 @@ def test_evaluate_writes_its_report(tmp_path: Path) -> None:
             *("--routing-config", str(tmp_path / "routing.yaml"), "--out", str(out)),
             *("--policies", "oea-k2,budget", "--batch-sizes", "1,4", "--vanilla-share", "0.5"),
             *("--same-domain", "--bench", str(tmp_path / "bench.json"), "--json"),
+            *("--pairs", "budget:oea-k2", "--pairs", "oea-k2:vanilla"),
         ),
         capture_output=True,
         text=True,
@@ -204,6 +205,17 @@ def test_evaluate_writes_its_report(tmp_path: Path) -> None:
         assert low <= found["4"]["delta"] <= high
         assert found["4"]["active_experts"] < found["4"]["active_experts_base"]
     assert result["policies"]["vanilla"]["4"]["delta"] == 0
+    for pair in result["pairs"]:
+        first, second = (
+            result[pair["section"]][pair[name]][str(pair["batch_size"])]
+            for name in ("first", "second")
+        )
+        difference = first["cross_entropy"] - second["cross_entropy"]
+        assert pair["difference"] == pytest.approx(difference, abs=1e-5)
+        assert pair["active_experts_first"] == first["active_experts"]
+        if pair["second"] == "vanilla":
+            assert pair["ci95"] == pytest.approx(first["ci95"], abs=1e-5)
+    assert len(result["pairs"]) == 2 * 2 + 2 * 2 + 1  # mixed, same domain, shared with vanilla
     assert result["vanilla_rounding"]["largest_change_of_a_sequence"] < LOSS
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert {row["section"] for row in rows} == {"policies", "same_domain", "mixed_policies"}

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.cli import app
+from sglang_moe_routing.cli.evaluate import print_pairs
 from sglang_moe_routing.errors import BenchError
 from sglang_moe_routing.evaluation import tune as tuning
 from sglang_moe_routing.evaluation.measure import (
@@ -27,6 +28,7 @@ from sglang_moe_routing.evaluation.measure import (
     bootstrap,
     figures,
 )
+from sglang_moe_routing.evaluation.pairs import Pair, compare
 from sglang_moe_routing.evaluation.report import rows_of, write_report
 from sglang_moe_routing.evaluation.run import Case, Result, cases
 from sglang_moe_routing.evaluation.tune import Family, Trial, Tuning
@@ -108,6 +110,54 @@ def test_every_cell_comes_after_the_vanilla_that_it_is_compared_with() -> None:
     assert sum(c.section == "same_domain" for c in wanted) == 6
 
 
+# --- pairs ---------------------------------------------------------------------------------------
+
+
+def losing(*losses: float, active: float = 8.0) -> dict[str, Any]:
+    return {"sequence_losses": list(losses), "active_experts": active}
+
+
+def test_a_pair_is_compared_sequence_by_sequence() -> None:
+    found = compare(losing(1.0, 5.0, 9.0, active=7.0), losing(1.5, 5.4, 9.6))
+    assert found["difference"] == pytest.approx(-0.5)
+    low, high = found["ci95"]
+    assert -0.601 < low < high < -0.399  # though the sequences themselves differ by much
+    assert found["told_from_0"]
+    assert (found["active_experts_first"], found["active_experts_second"]) == (7.0, 8.0)
+
+
+@pytest.mark.parametrize("second", [(1.0, 5.0, 9.0), (1.1, 4.8, 9.1)])
+def test_an_interval_that_holds_0_is_not_told_from_it(second: tuple[float, ...]) -> None:
+    found = compare(losing(1.0, 5.0, 9.0), losing(*second))
+    assert found["ci95"][0] <= 0 <= found["ci95"][1]
+    assert not found["told_from_0"]
+
+
+def test_a_result_compares_what_it_holds(tmp_path: Path) -> None:
+    pairs = [Pair("a", "b"), Pair("b", "vanilla")]
+    result = Result(tmp_path / "results.json", {}, pairs)
+    losses = {"vanilla": 1.0, "a": 1.3, "b": 1.2}
+    for case in cases(["a", "b"], [1, 4], vanilla_share=0.5):
+        result.add(case, losing(*[losses[case.policy]] * 4))
+    found = json.loads(result.file.read_text())["pairs"]
+    places = [(row["section"], row["first"], row["batch_size"]) for row in found]
+    assert sorted(places) == [
+        ("mixed_policies", "a", 4),
+        *(("policies", name, size) for name in "ab" for size in (1, 4)),
+    ]
+    for row in found:
+        assert row["difference"] == pytest.approx(0.1 if row["first"] == "a" else 0.2)
+
+
+def test_the_table_says_which_pairs_are_not_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    place = {"section": "policies", "first": "a", "second": "b", "batch_size": 4}
+    near, far = compare(losing(1.0, 2.0), losing(1.2, 1.9)), compare(losing(1.0), losing(1.2))
+    print_pairs([{**place, **near}, {**place, **far}])
+    lines = [line for line in capsys.readouterr().out.splitlines() if " -0." in line]
+    assert ["not told from 0" in line for line in lines] == [True, False]
+    assert "-0.2000 -0.2000" in lines[1]
+
+
 # --- the search ----------------------------------------------------------------------------------
 
 
@@ -180,14 +230,14 @@ def test_halves_share_no_sequence() -> None:
 # --- the report ----------------------------------------------------------------------------------
 
 
-def result_file(folder: Path) -> Result:
+def result_file(folder: Path, *pairs: Pair) -> Result:
     about = {
         "model": "m<odel>",
         "settings": {"batch_sizes": [4], "vanilla_share": 0.0},
         "machine": {"processor": "p & q", "versions": {"sglang": "0"}},
         "command": "evaluate '<x>'",
     }
-    result = Result(folder / "results.json", about)
+    result = Result(folder / "results.json", about, pairs)
     vanilla = measured(torch.ones(4, 3).double(), [True] * 4, 8)
     for name, losses in (("vanilla", 1.0), ("<b>bold", 1.2)):
         own = measured(torch.full((4, 3), losses).double(), [True] * 4, 8 / losses)
@@ -218,6 +268,18 @@ def test_a_complete_report_says_nothing_of_parts(tmp_path: Path) -> None:
     assert json.loads(result.file.read_text())["complete"]
     write_report(result.as_json(), {}, tmp_path)
     assert "Partial." not in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_says_which_pairs_are_not_told_apart(tmp_path: Path) -> None:
+    result = result_file(tmp_path, Pair("<b>bold", "vanilla"))
+    write_report(result.as_json(), {}, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>&lt;b&gt;bold - vanilla</td><td>Batches of mixed text</td>" in page
+    assert "+0.2000 to +0.2000" in page
+    assert "not told from 0" not in page
+    result.compared[0]["told_from_0"] = False
+    write_report(result.as_json(), {}, tmp_path)
+    assert "not told from 0" in (tmp_path / "report.html").read_text()
 
 
 def test_rows_take_times_from_bench_serve(tmp_path: Path) -> None:
@@ -251,6 +313,14 @@ def evaluate(tmp_path: Path, *more: str, model: Path = demo.MODEL) -> str:
             "16 sequences do not make batches of 7",
         ),
         (["--bench", "nosuch.json"], "--bench nosuch.json: cannot be read"),
+        (
+            ["--pairs", "fast:vanilla", "--pairs", "fast:slow"],
+            "--pairs 'fast:slow': policy 'slow' is not measured; measured: vanilla, fast",
+        ),
+        (["--policies", "vanilla", "--pairs", "fast:vanilla"], "'fast' is not measured"),
+        (["--pairs", "fast"], "--pairs 'fast': expected two policies as in 'budget:oea'"),
+        (["--pairs", "fast:"], "--pairs 'fast:': expected two policies"),
+        (["--pairs", "fast:fast"], "--pairs 'fast:fast': a policy does not differ from itself"),
     ],
 )
 def test_evaluate_names_what_is_wrong(tmp_path: Path, options: list[str], message: str) -> None:
