@@ -227,6 +227,15 @@ def model_sizes(model: str, trust_remote_code: bool) -> tuple[int, int]:
     return num_experts, top_k
 
 
+def normalizes(model: str, trust_remote_code: bool) -> bool:
+    """Whether a token's weights sum to one: unless its config says otherwise.
+
+    Raises:
+        TextError: the model's config cannot be read.
+    """
+    return bool(getattr(_model_config(model, trust_remote_code), "norm_topk_prob", True))
+
+
 def _first(config: Any, *names: str) -> int | None:
     found = (getattr(config, name, None) for name in names)
     return next((value for value in found if isinstance(value, int)), None)
@@ -291,9 +300,13 @@ def families_of(loaded: LoadedConfig) -> dict[str, str]:
 
 
 def _family(policy: Policy, artifact: str | None) -> str:
-    if artifact is None:
-        return policy.kind
-    return f"{policy.kind}, {artifact}" if policy.kind == "sere" else f"{policy.kind} + mapping"
+    compensation = getattr(policy, "compensation", None)
+    parts = [policy.kind]
+    if artifact is not None:
+        parts.append(artifact if policy.kind == "sere" else "mapping")
+    if compensation is not None:
+        parts.append(f"c = {compensation:g}")
+    return ", ".join(parts)
 
 
 def print_rows(rows: Sequence[Row]) -> None:

@@ -19,10 +19,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from scripts import similarity_study as study
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import load_artifact
 from sglang_moe_routing.bench.server import running_server
@@ -33,6 +30,7 @@ from sglang_moe_routing.evaluation.measure import Evaluation, Setting, batches
 from sglang_moe_routing.integration import environment
 from sglang_moe_routing.policies import Policy, builtin_registry
 from sglang_moe_routing.text import TokenizedText, load_tokenizer, read_text
+from tests.parallel import ParallelForward
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [str(ROOT / "docs" / "concepts.md"), str(ROOT / "docs" / "cli.md")]
@@ -94,27 +92,20 @@ def evaluation(server_url: str, text: TokenizedText) -> Iterator[Evaluation]:
         yield Evaluation(decoder, text, PREFIX_LEN)
 
 
-def parallel_forward(rows: Tensor, policy: Policy) -> tuple[Tensor, float]:
-    """Mean loss of each sequence and T, from one masked forward of every batch in transformers.
-
-    Args:
-        rows: ``[num_sequences, length + 1]``, batch by batch.
-    """
-    model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32).eval()
-    protocol = study.Protocol(group=BATCH_SIZE, prefill=PREFIX_LEN, length=rows.shape[1] - 1)
-    matrices = load_artifact(SIMILARITY).matrices if policy.uses_similarity else {}
-    measured = study.Study(model, rows, protocol).measure(study.Case(policy, [matrices]))
-    return measured.losses, measured.active
+@pytest.fixture(scope="module")
+def parallel() -> ParallelForward:
+    return ParallelForward(demo.MODEL, batch_size=BATCH_SIZE, prefix_len=PREFIX_LEN)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_losses_are_those_of_a_parallel_forward(
-    name: str, evaluation: Evaluation, text: TokenizedText
+    name: str, evaluation: Evaluation, text: TokenizedText, parallel: ParallelForward
 ) -> None:
     setting = Setting(BATCH_SIZE)
     order = batches(text, setting, evaluation.seed).flatten()
     measured = evaluation.measure(name, setting)
-    losses, active = parallel_forward(text.token_ids[order], POLICIES[name])
+    matrices = load_artifact(SIMILARITY).matrices if POLICIES[name].uses_similarity else None
+    losses, active = parallel.run(text.token_ids[order], POLICIES[name], matrices)
     assert float((measured.losses[order].mean(dim=1) - losses).abs().max()) < LOSS
     assert float(measured.active.mean()) == pytest.approx(active, abs=0.1)
 

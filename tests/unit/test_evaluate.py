@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,16 +210,142 @@ def test_between_two_sizes_the_safer_value_holds(sizes: list[int], data: st.Data
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (32, 4), (64, 8), (128, 8), (512, 10)])
-def test_every_candidate_fits_the_model(num_experts: int, top_k: int) -> None:
-    kinds = ("budget", "oea", "sere", "topk")
-    found = tuning.families(num_experts, top_k, kinds, similarity=True)
-    names = {family.name for family in found}
-    assert names == {"budget", "budget-mapped", "oea", "oea-mapped", "sere", "topk"}
-    for definition in tuning.candidates(found).values():
+@pytest.mark.parametrize("metric", [None, "routed", "least_squares"])
+def test_every_candidate_fits_the_model(num_experts: int, top_k: int, metric: str | None) -> None:
+    found = tuning.families(num_experts, top_k, tuning.KINDS, metric=metric)
+    assert {family.kind for family in found} == {*tuning.KINDS} - (set() if metric else {"sere"})
+    definitions = tuning.candidates(found)
+    assert len(definitions) == sum(len(family.values) for family in found)
+    for definition in definitions.values():
         policy = builtin_registry()[definition["kind"]].model_validate(definition)
         assert policy.check(top_k, num_experts) == []
-    without = tuning.families(num_experts, top_k, kinds, similarity=False)
-    assert {family.name for family in without} == {"budget", "oea", "topk"}
+
+
+def weighings(kind: str, **model: Any) -> list[object]:
+    found = tuning.families(64, 8, [kind], **model)
+    return [
+        "mapped" if "mapped_share" in family.rest else family.rest.get("compensation")
+        for family in found
+    ]
+
+
+def test_the_papers_weights_are_tried_once() -> None:
+    paper, raw = [None, 0.8, 0.6, 0.4], [None, 1.0, 0.8, 0.6, 0.4]
+    for kind in ("budget", "oea", "topk", "lynx", "xshare"):
+        assert weighings(kind) == paper
+        assert weighings(kind, normalizes=False) == raw
+    assert weighings("budget", metric="routed") == [*paper, "mapped"]
+    assert weighings("sere", metric="routed", normalizes=False) == paper
+    assert weighings("sere", metric="least_squares") == raw  # None: the artifact's coefficients
+
+
+class Measurements:
+    """Stands for an `Evaluation`: `loss` of a family's value, T being the value itself."""
+
+    def __init__(self, loss: Callable[[str, int, int], float], seed: int = 0) -> None:
+        self.loss = loss
+        self.asked: list[tuple[str, int, int]] = []
+        self.noise = torch.randn(32, generator=torch.Generator().manual_seed(seed)).double()
+
+    def vanilla(self, setting: Setting) -> Measured:
+        return self._measured(0.0, 60.0)
+
+    def measure(self, policy: str, setting: Setting) -> Measured:
+        family, _, value = policy.rpartition("-")
+        self.asked.append((family, int(value), setting.batch_size))
+        return self._measured(self.loss(*self.asked[-1]), float(value))
+
+    def _measured(self, over: float, active: float) -> Measured:
+        losses = 4 + over + over * self.noise[:, None] / 10
+        return measured(losses, [True] * 32, active)
+
+
+FULL = {"f": 40, "f-c0.8": 36, "f-c0.6": 30, "f-c0.4": 44, "g": 34, "g-c0.6": 20}
+"""Value from which on the increase stays within a bound of 0.04, at a batch size of 16."""
+
+
+def loss(family: str, value: int, size: int) -> float:
+    return 0.04 * FULL[family] / value * (1 if size == 16 else 0.5)
+
+
+def made(*names: str, values: Sequence[int] = range(2, 60, 2)) -> list[Family]:
+    return [Family(name, "max_active", values, {"kind": name[0]}) for name in names]
+
+
+def found_by(
+    found: Sequence[Family], sizes: Sequence[int] = (4, 16), confirm: Any = None, **more: Any
+) -> tuple[Tuning, list[tuple[str, int, int]]]:
+    search: Any = Measurements(more.get("loss", loss))
+    tuned = tuning.tune(search, confirm or Measurements(loss, seed=1), found, sizes, 0.01)
+    return tuned, search.asked
+
+
+def test_other_weights_start_from_the_value_that_the_first_ones_need() -> None:
+    tuned, asked = found_by(made("f", "f-c0.8", "f-c0.6", "f-c0.4"), sizes=[16])
+    assert [entry[:2] for entry in asked if entry[0] != "f"] == [
+        *[("f-c0.8", value) for value in (40, 38, 36)],
+        *[("f-c0.6", value) for value in (36, 34, 32, 30)],
+        *[("f-c0.4", value) for value in (30, 32)],  # worse: one step down, and the same
+    ]
+    assert (tuned.chosen.name, tuned.values) == ("f-c0.6", {16: 32})
+
+
+def test_weights_are_found_as_if_their_kind_had_no_others() -> None:
+    alone, _ = found_by(made("f-c0.6"))
+    tuned, asked = found_by(made("f", "f-c0.8", "f-c0.6", "f-c0.4"))
+    assert (tuned.chosen.name, tuned.values) == (alone.chosen.name, alone.values)
+    assert tuned.values[4] < tuned.values[16]
+    assert len(asked) == len(set(asked))
+
+
+def test_weights_that_only_match_cost_one_trial_where_another_kind_is_better() -> None:
+    found = [*made("g-c0.6"), *made("f", "f-c0.4", values=[10, 50])]
+    _, asked = found_by(found, sizes=[16])
+    assert [entry for entry in asked if entry[0] == "f-c0.4"] == [("f-c0.4", 10, 16)]
+
+
+def test_of_equal_values_the_weights_with_the_better_quality_win() -> None:
+    gains = {"f": 0.0, "f-c0.8": 0.0002, "f-c0.6": 0.0001}
+
+    def close(family: str, value: int, size: int) -> float:
+        return loss("f", value, size) - gains[family]
+
+    tuned, _ = found_by(made(*gains), loss=close, confirm=Measurements(close))
+    assert tuned.chosen.name == "f-c0.8"
+
+
+def test_weights_that_lose_at_one_size_are_left() -> None:
+    def crossing(family: str, value: int, size: int) -> float:
+        return loss(family if size == 16 else "f-c0.4" if "-c" in family else "f", value, size)
+
+    tuned, _ = found_by(made("f", "f-c0.6"), loss=crossing)
+    assert tuned.chosen.name == "f"
+
+
+def test_a_family_that_keeps_the_bound_at_one_size_only_stops_no_other() -> None:
+    def partly(family: str, value: int, size: int) -> float:
+        if family == "f":
+            return 0.001 if size == 4 else 1.0
+        return loss(family, value, size)
+
+    tuned, _ = found_by(made("f", "g"), loss=partly, confirm=Measurements(partly))
+    assert tuned.chosen.name == "g"
+
+
+def test_what_the_other_half_does_not_confirm_is_raised() -> None:
+    harder = Measurements(lambda family, value, size: 1.2 * loss(family, value, size))
+    tuned, _ = found_by(made("g", "g-c0.6"), confirm=harder)
+    plain, _ = found_by(made("g", "g-c0.6"))
+    assert tuned.chosen.name == plain.chosen.name == "g-c0.6"
+    assert tuned.values[16] > plain.values[16]
+    assert 16 in tuned.raised
+    for trial in tuned.confirmed:
+        assert trial.is_within
+
+
+def test_no_family_within_the_bound_is_an_error() -> None:
+    with pytest.raises(BenchError, match=r"within 1\.00% of vanilla's at batch sizes 4, 16"):
+        found_by(made("f", "f-c0.6", values=range(2, 10)))
 
 
 def test_halves_share_no_sequence() -> None:
