@@ -6,6 +6,7 @@ Only where the folder `shared/models` lies beside the checkout.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,16 @@ def test_artifacts_equal_the_direct_computation(
         torch.testing.assert_close(matrix.double(), found, rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small products: more threads wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_policies_cost_what_was_recorded(artifact: Path) -> None:
     """Their active experts closely, their increase of cross-entropy as closely as other windows
     allow: over ten draws that of `oea` with k0 = 2 lay between 0.052 and 0.064, recorded is 0.049.
