@@ -64,7 +64,5 @@ def _unreachable(loaded: LoadedConfig, artifacts: dict[str, SimilarityArtifact])
 
 
 def _thresholds(policy: Policy) -> list[float]:
-    value = policy.parameters().get(THRESHOLD)
-    if value is None:
-        return []
-    return list(value.values()) if isinstance(value, Schedule) else [value]
+    value = getattr(policy, THRESHOLD, None)
+    return list(value.values()) if isinstance(value, Schedule) else []

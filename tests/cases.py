@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,16 +13,14 @@ from torch import Tensor
 
 from sglang_moe_routing.policies import (
     FREE,
-    OEA,
     PAD,
-    SERE,
-    Budget,
     FreeSlots,
+    Place,
     Policy,
     PolicyTable,
-    TopK,
-    Vanilla,
+    Rule,
     build_table,
+    builtin_registry,
 )
 from tests import oracles
 
@@ -59,6 +57,7 @@ class Case:
     specs: tuple[Spec, ...]
     row_specs: tuple[int | None, ...]
     artifacts: dict[str, Tensor]
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
     renormalize: bool = True
     scale: float = 1.0
 
@@ -95,20 +94,32 @@ class Case:
         )
 
 
+class Numbers(Policy):
+    """A policy that is nothing but the numbers of its rule."""
+
+    kind: Literal["numbers"] = "numbers"
+    numbers: Rule
+
+    @property
+    def uses_similarity(self) -> bool:
+        return self.numbers.uses_similarity
+
+    def rule(self, place: Place) -> Rule:
+        return self.numbers
+
+
 def to_policy(spec: Spec) -> Policy:
     """The package's policy for the oracle's plain dict."""
-    if spec["kind"] == "vanilla":
-        return Vanilla()
-    if spec["kind"] == "topk":
-        return TopK(k0=spec["k0"])
+    given = {name: value for name, value in spec.items() if name not in ("kind", "artifact")}
+    if spec["kind"] == "rule":
+        given["threshold"] = given.pop("rho", None)
     if spec["kind"] == "sere":
-        return SERE(num_primary=spec["S"], threshold=spec["rho"])
-    share = spec.get("mapped_share", 0.0)
-    if spec["kind"] == "budget":
-        names = ("max_active", "k0", "utility")
-        return Budget(mapped_share=share, **{name: spec[name] for name in names})
-    limits = {name: spec[name] for name in ("p", "k_max", "max_rank")}
-    return OEA(k0=spec["k0"], mapped_share=share, **limits)
+        given["num_primary"], given["threshold"] = given.pop("S"), given.pop("rho")
+    if "c" in given:
+        given["compensation"] = given.pop("c")
+    if spec["kind"] == "rule":
+        return Numbers(numbers=Rule(**given))
+    return builtin_registry()[spec["kind"]].model_validate(given)
 
 
 def table_of(case: Case) -> PolicyTable:
@@ -118,6 +129,7 @@ def table_of(case: Case) -> PolicyTable:
         top_k=case.top_k,
         num_experts=case.num_experts,
         similarity=case.artifacts,
+        coefficients=case.coefficients,
         artifacts=[spec.get("artifact") for spec in case.specs],
     )
 
@@ -131,7 +143,10 @@ def ask_oracle(case: Case, *, repeats_first: bool = False) -> oracles.Routed:
     for row in range(case.num_rows):
         spec = case.spec(row)
         if spec is not None and "artifact" in spec:
-            spec = {**spec, "sim": case.artifacts[spec["artifact"]].float().numpy()}
+            name = spec["artifact"]
+            spec = {**spec, "sim": case.artifacts[name].float().numpy()}
+            if name in case.coefficients:
+                spec["coefficients"] = case.coefficients[name].float().numpy()
         specs.append(spec)
     return oracles.reroute(
         case.scores.float().numpy(),
@@ -197,30 +212,47 @@ def spec_of(draw: st.DrawFn, num_experts: int, top_k: int, kinds: Sequence[str])
     count = st.integers(1, top_k)
     if kind == "vanilla":
         return {"kind": kind}
+    compensation: Spec = {"c": draw(st.sampled_from((None, None, 0.0, 0.4, 0.6, 1.0)))}
     if kind == "topk":
-        return {"kind": kind, "k0": draw(count)}
+        return {"kind": kind, "k0": draw(count), **compensation}
     artifact = draw(st.sampled_from(("a", "b")))
     if kind == "sere":
         rho = draw(st.sampled_from(RHOS))
-        return {"kind": kind, "S": draw(count), "rho": rho, "artifact": artifact}
+        return {"kind": kind, "S": draw(count), "rho": rho, "artifact": artifact, **compensation}
     mapping = {"mapped_share": draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))), "artifact": artifact}
-    if kind == "budget":
-        few = st.integers(1, min(num_experts, 4 * top_k))
-        return {
-            "kind": kind,
-            "max_active": draw(few | st.integers(1, num_experts)),
-            "k0": draw(st.just(0) | st.integers(0, top_k)),
-            "utility": draw(st.sampled_from(("squared_gate", "gate"))),
-            **mapping,
-        }
-    return {
-        **mapping,
-        "kind": kind,
-        "k0": draw(count),
+    few = st.integers(1, min(num_experts, 4 * top_k))
+    max_active = draw(few | st.integers(1, num_experts))
+    limits: Spec = {
         "p": draw(st.sampled_from((1.0, 1.0, 0.9, 0.7, 0.5, 0.3, 0.05))),
         "k_max": draw(st.none() | count),
         "max_rank": draw(st.none() | st.integers(1, min(num_experts, top_k + 4))),
     }
+    fewest = draw(st.just(0) | st.integers(0, top_k))
+    if kind == "rule":
+        return draw_numbers(draw, {"k0": fewest, **limits}, max_active, {**mapping, **compensation})
+    if kind == "budget":
+        return {
+            "kind": kind,
+            "max_active": max_active,
+            "k0": fewest,
+            "utility": draw(st.sampled_from(("squared_gate", "gate"))),
+            **mapping,
+            **compensation,
+        }
+    return {**mapping, **compensation, "kind": kind, "k0": draw(count), **limits}
+
+
+def draw_numbers(draw: st.DrawFn, required: Spec, max_active: int, weights: Spec) -> Spec:
+    """A rule of any numbers that go together. What is None has no limit."""
+    filling = {
+        "max_active": draw(st.sampled_from((0, max_active))),
+        "exponent": draw(st.sampled_from((0, 1, 2))),
+    }
+    spec = {"kind": "rule", **required, **filling, **weights}
+    if draw(st.booleans()):
+        moving = {"rho": draw(st.sampled_from(RHOS)), "k_max": None, "max_rank": None}
+        spec = {**spec, **moving, "mapped_share": 0.0}
+    return {name: value for name, value in spec.items() if value is not None}
 
 
 def make_scores(rng: np.random.Generator, mode: str, shape: tuple[int, int]) -> np.ndarray:
@@ -266,6 +298,10 @@ def make_artifact(rng: np.random.Generator, mode: str, num_experts: int) -> Tens
     return matrix.half() if mode == "half" else matrix.float()
 
 
+def make_coefficients(rng: np.random.Generator, num_experts: int) -> Tensor:
+    return torch.from_numpy(rng.uniform(0, 1, (num_experts, num_experts))).half()
+
+
 def first_ranks(case: Case, row: int) -> list[int]:
     """The row's first top_k experts in rank order. Ids may be out of range or repeated."""
     valid = [j for j in case.topk_ids[row].tolist() if 0 <= j < case.num_experts]
@@ -277,7 +313,7 @@ def keep_off_thresholds(case: Case) -> Case:
     rounding. Then `keep_off_close_demands`."""
     specs = [dict(spec) for spec in case.specs]
     for index, spec in enumerate(specs):
-        if spec["kind"] != "oea" or spec["p"] >= 1.0:
+        if spec.get("p", 1.0) >= 1.0:
             continue
         shares: list[float] = []
         for row in case.live:
@@ -294,9 +330,7 @@ def keep_off_close_demands(case: Case, rtol: float = DEMAND_RTOL) -> Case:
     and the first that it leaves out are not told apart by rounding. Equal demands stay."""
     live = {case.row_specs[b] for b in case.live}
     budgets = [
-        index
-        for index, spec in enumerate(case.specs)
-        if index in live and spec["kind"] == "budget" and spec["k0"] < case.top_k
+        index for index, spec in enumerate(case.specs) if index in live and _asks(spec, case.top_k)
     ]
     if not budgets:
         return case
@@ -307,6 +341,11 @@ def keep_off_close_demands(case: Case, rtol: float = DEMAND_RTOL) -> Case:
     return replace(case, specs=tuple(specs))
 
 
+def _asks(spec: Spec, top_k: int) -> bool:
+    """Whether rows of this policy demand experts."""
+    return bool(oracles.numbers_of(spec)["max_active"]) and not oracles.keeps_base(spec, top_k)
+
+
 def safe_max_active(case: Case, wanted: int, rtol: float) -> int:
     """The smallest max_active from `wanted` on under which rounding does not decide who joins U."""
     least, most = np.zeros((2, case.num_experts), dtype=np.int64)
@@ -314,11 +353,10 @@ def safe_max_active(case: Case, wanted: int, rtol: float) -> int:
     for row in case.live:
         spec, base = case.spec(row) or {}, order[row, : case.top_k].tolist()
         gates = case.gates[row].nan_to_num(nan=0.0).double().numpy()
-        asks = spec["kind"] == "budget" and not oracles.keeps_base(spec, case.top_k)
-        if not asks or not gates[base].sum() > 0:
+        if not spec or not _asks(spec, case.top_k) or not gates[base].sum() > 0:
             continue
         shares = gates[base] / gates[base].sum()
-        quanta = 65536 * (shares if spec["utility"] == "gate" else shares**2)
+        quanta = 65536 * shares ** oracles.numbers_of(spec)["exponent"]
         for bound, factor in ((least, 1 - rtol), (most, 1 + rtol)):
             bound[base] += np.where(shares > 0, (quanta * factor + 0.5).clip(1), 0).astype(int)
     candidates = [j for j in range(case.num_experts) if most[j] > 0]
@@ -344,7 +382,7 @@ def rank_rows(case: Case) -> np.ndarray:
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-ALL_KINDS = ("vanilla", "topk", "oea", "sere", "budget")
+ALL_KINDS = ("vanilla", "topk", "oea", "sere", "budget", "rule")
 
 
 Shape = tuple[int, int, int]
@@ -387,6 +425,8 @@ def cases(
     base = make_base(rng, scores, top_k, is_routers=draw(st.booleans()))
     weights = torch.from_numpy(rng.uniform(0.01, 1.0, (num_rows, top_k)))
     similarity = draw(st.sampled_from(("ties", "half", "smooth")))
+    artifacts = {name: make_artifact(rng, similarity, num_experts) for name in ("a", "b")}
+    with_coefficients = draw(st.sampled_from(("", "a", "b", "ab")))
     return keep_off_thresholds(
         Case(
             scores=typed_scores,
@@ -395,7 +435,8 @@ def cases(
             topk_weights=weights.to(draw(st.sampled_from(weight_types))),
             specs=tuple(specs),
             row_specs=tuple(row_specs),
-            artifacts={name: make_artifact(rng, similarity, num_experts) for name in ("a", "b")},
+            artifacts=artifacts,
+            coefficients={name: make_coefficients(rng, num_experts) for name in with_coefficients},
             renormalize=draw(st.booleans()),
             scale=draw(st.sampled_from((1.0, 2.5))),
         )
@@ -455,6 +496,9 @@ def varied_case(shape: Shape, seed: int, specs: tuple[Spec, ...] | None = None) 
         {**SERE_1, "S": (top_k + 1) // 2, "rho": 0.9, "artifact": "a"},
         {**OEA_2, **MAPPED, "k0": max(1, top_k // 4)},
         {**BUDGET_5, **MAPPED, "max_active": (num_experts + 1) // 2},
+        {**OEA_2, "k0": max(1, top_k // 2), "c": 0.6},
+        {**SERE_1, "c": 0.4},
+        {"kind": "rule", "k0": 0, "exponent": 0, "max_active": top_k + 1, "max_rank": top_k},
     )
     drawn = rng.integers(-1, len(specs), num_rows).tolist()
     return keep_off_thresholds(
@@ -466,6 +510,7 @@ def varied_case(shape: Shape, seed: int, specs: tuple[Spec, ...] | None = None) 
             specs=specs,
             row_specs=tuple(None if index < 0 else index for index in drawn),
             artifacts={name: make_artifact(rng, "smooth", num_experts) for name in ("a", "b")},
+            coefficients={"a": make_coefficients(rng, num_experts)} if seed % 3 == 0 else {},
             renormalize=seed % 2 == 0,
             scale=2.5,
         )

@@ -87,50 +87,66 @@ def mass_prefixes(gates: Sequence[float], order: Sequence[int]) -> list[float]:
     return shares
 
 
+NO_LIMIT = 10**9
+
+
+def numbers_of(policy: RowPolicy) -> RowPolicy:
+    """The numbers of the one rule behind a policy of any kind, as its paper has them.
+
+    `k0` and `p`: who is required. `max_active` and `exponent`: how the union is filled. `k_max` and
+    `max_rank`: what a row takes, or `rho`: from where on its slots move. `c` and `mapped_share`:
+    what becomes of lost weight; `c` is None for what the model would do.
+    """
+    numbers: RowPolicy = {
+        "k0": NO_LIMIT,
+        "p": 1.0,
+        "max_active": 0,
+        "exponent": 2,
+        "k_max": NO_LIMIT,
+        "max_rank": NO_LIMIT,
+        "rho": None,
+        "mapped_share": 0.0,
+        "c": None,
+    }
+    kind = policy["kind"]
+    given = {name: value for name, value in policy.items() if value is not None}
+    if kind == "sere":
+        given["k0"] = policy["S"]
+    elif kind == "topk":
+        given["k_max"] = policy["k0"]
+    elif kind == "budget":
+        given["exponent"] = 1 if policy["utility"] == "gate" else 2
+    elif kind not in ("vanilla", "oea", "rule"):
+        raise ValueError(f"unknown kind {kind!r}")
+    return {**numbers, **given}
+
+
 def keeps_base(policy: RowPolicy, k: int) -> bool:
     """Say whether the policy leaves all k of the row's experts required, which is vanilla."""
-    kind = policy["kind"]
-    if kind == "vanilla":
-        return True
-    if kind == "topk":
-        return int(policy["k0"]) >= k
-    if kind == "oea":
-        return int(policy["k0"]) >= k and policy.get("p", 1.0) >= 1.0
-    if kind == "sere":
-        return int(policy["S"]) >= k
-    if kind == "budget":
-        return int(policy["k0"]) >= k
-    raise ValueError(f"unknown kind {kind!r}")
+    numbers = numbers_of(policy)
+    return bool(numbers["k0"] >= k and numbers["p"] >= 1.0)
 
 
 def required_count(policy: RowPolicy, k: int, gates: Sequence[float], base: Sequence[int]) -> int:
     """How many of the row's base experts (in rank order) pass 1 requires."""
-    kind = policy["kind"]
-    if keeps_base(policy, k):
-        return k
-    if kind in ("topk", "budget"):
-        return min(int(policy["k0"]), k)
-    if kind == "sere":
-        return min(int(policy["S"]), k)
-    m = min(int(policy["k0"]), k)
-    p = policy.get("p", 1.0)
-    if p < 1.0:
+    numbers = numbers_of(policy)
+    count = min(int(numbers["k0"]), k)
+    if numbers["p"] < 1.0:
         for t, share in enumerate(mass_prefixes(gates, base), start=1):
-            if share >= p:
-                m = min(m, t)
-                break
-    return max(m, 1)
+            if share >= numbers["p"]:
+                return min(count, t)
+    return count
 
 
 def row_demand(policy: RowPolicy, gates: Sequence[float], base: Sequence[int]) -> dict[int, int]:
-    """Whole quanta, 65536 to the unit, by which a budget row asks for its own base experts."""
+    """Whole quanta, 65536 to the unit, by which a row asks for its own base experts."""
     clean = clean_gates(gates)
     total = sum(clean[j] for j in base)
     demand: dict[int, int] = {}
     for j in base:
         if total > 0.0 and clean[j] > 0.0:
             share = clean[j] / total
-            utility = share if policy["utility"] == "gate" else share * share
+            utility = share ** numbers_of(policy)["exponent"]
             demand[j] = max(1, int(utility * 65536 + 0.5))
     return demand
 
@@ -179,9 +195,10 @@ def reroute(
         required[b] = order[b][:m]
         for j in required[b]:
             union.add(j)
-        if policy["kind"] == "budget" and not keeps_base(policy, k):
+        max_active = int(numbers_of(policy)["max_active"])
+        if max_active and not keeps_base(policy, k):
             demands.append(row_demand(policy, [float(g) for g in gates[b]], order[b][:k]))
-            wanted = max(wanted, int(policy["max_active"]))
+            wanted = max(wanted, max_active)
     union = filled_up(union, demands, wanted)
     active = sorted(union)
 
@@ -200,42 +217,57 @@ def reroute(
                 ids[b, t] = topk_ids[b, t]
                 weights[b, t] = float(topk_weights[b, t])
             continue
-        if policy["kind"] == "sere":
-            slots = [_stand_in(int(j), policy, required[b], active) for j in topk_ids[b]]
-            ids[b], weights[b] = _one_slot_each(slots, topk_weights[b], repeats_first)
+        numbers = numbers_of(policy)
+        cut = min(numbers["k_max"], numbers["max_rank"]) < k
+        whole = sorted(topk_ids[b].tolist()) == sorted(order[b][:k])  # each there, and once
+        if (
+            whole
+            and union.issuperset(topk_ids[b].tolist())
+            and (numbers["rho"] is not None or not cut)
+        ):
+            ids[b], weights[b] = topk_ids[b], topk_weights[b]
+            continue
+        if numbers["rho"] is not None:
+            slots, factors = [], []
+            for j in topk_ids[b]:
+                u = int(j) if 0 <= j < n_experts else order[b][0]
+                v = _stand_in(u, numbers, active)
+                slots.append(v)
+                factors.append(1.0 if v == u else _moved_share(u, v, numbers))
+            ids[b], weights[b] = _one_slot_each(slots, topk_weights[b] * factors, repeats_first)
             continue
         chosen = list(required[b])
-        if policy["kind"] == "oea":
-            k_max = policy.get("k_max")
-            k_max = k if k_max is None else min(int(k_max), k)
-            max_rank = policy.get("max_rank")
-            max_rank = n_experts if max_rank is None else min(int(max_rank), n_experts)
-            for rank in range(len(required[b]) + 1, max_rank + 1):  # ranks count from 1
-                if len(chosen) >= k_max:
-                    break
-                j = order[b][rank - 1]
-                if j in union:
-                    chosen.append(j)
-        if policy["kind"] == "budget":
-            chosen = [j for j in order[b] if j in union][:k]
+        k_max = min(int(numbers["k_max"]), k)
+        max_rank = min(int(numbers["max_rank"]), n_experts)
+        for rank in range(len(required[b]) + 1, max_rank + 1):  # ranks count from 1
+            if len(chosen) >= k_max:
+                break
+            j = order[b][rank - 1]
+            if j in union:
+                chosen.append(j)
         clean = clean_gates([float(g) for g in gates[b]])
         chosen_sum = sum(clean[j] for j in chosen)
         if chosen_sum == 0.0:  # no weight is left: the row keeps what it came with
             ids[b], weights[b] = topk_ids[b], topk_weights[b]
             continue
-        incoming_sum = sum(float(w) for w in topk_weights[b])
+        wanted = sum(float(w) for w in topk_weights[b])
+        if numbers["c"] is not None:
+            base_sum = sum(clean[j] for j in order[b][:k])
+            kept = sum(clean[j] for j in order[b][:k] if j in chosen)
+            kept = kept / base_sum if base_sum > 0.0 else 1.0
+            wanted *= kept + float(np.float32(numbers["c"])) * (1.0 - kept)
         for t in range(k):
             if t < len(chosen):
                 j = chosen[t]
                 ids[b, t] = j
-                if renormalize:
-                    weights[b, t] = clean[j] / chosen_sum * incoming_sum
+                if renormalize or numbers["c"] is not None:
+                    weights[b, t] = clean[j] / chosen_sum * wanted
                 else:
                     weights[b, t] = clean[j] * scale
             else:
                 ids[b, t] = chosen[0] if repeats_first else FREE
                 weights[b, t] = 0.0
-        share = float(np.float32(policy.get("mapped_share", 0.0)))
+        share = float(np.float32(numbers["mapped_share"]))
         if share > 0.0:
             base_weights = dict(zip(topk_ids[b].tolist(), topk_weights[b].tolist(), strict=True))
             mapped = _mapped(base_weights, policy, chosen)
@@ -252,16 +284,26 @@ def reroute(
     return Routed(ids, weights, active, len(final), len(original))
 
 
-def _stand_in(u: int, policy: RowPolicy, required: list[int], active: list[int]) -> int:
-    """The expert that runs in place of u for a row under sere."""
-    if u in required or u in active:
+def _stand_in(u: int, numbers: RowPolicy, active: list[int]) -> int:
+    """The expert that runs in place of u for a row whose slots move."""
+    if u in active:
         return u
-    sim = np.asarray(policy["sim"], dtype=np.float32)
+    sim = np.asarray(numbers["sim"], dtype=np.float32)
+    if not active:
+        return u
     best = active[0]
     for v in active:  # ascending, so an equal later value does not win
         if sim[u, v] > sim[u, best]:
             best = v
-    return best if sim[u, best] >= np.float32(policy["rho"]) else u
+    return best if sim[u, best] >= np.float32(numbers["rho"]) else u
+
+
+def _moved_share(u: int, v: int, numbers: RowPolicy) -> float:
+    """What a slot of u weighs on v, of what it weighed on u."""
+    if numbers["c"] is not None:
+        return float(np.float32(numbers["c"]))
+    coefficients = numbers.get("coefficients")
+    return 1.0 if coefficients is None else float(np.float32(coefficients[u][v]))
 
 
 def _one_slot_each(

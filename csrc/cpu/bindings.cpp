@@ -10,17 +10,23 @@ namespace moe_routing::cpu {
 namespace {
 
 using bindings::Optional;
+using bindings::Tensor;
 using bindings::TensorView;
+using tvm::ffi::Function;
 
-void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView> bias,
-             Optional<TensorView> topk_ids, Optional<TensorView> topk_weights,
-             TensorView policy_ids, TensorView policies, TensorView similarity, TensorView out_ids,
-             TensorView out_weights, TensorView out_union, Optional<TensorView> statistics,
-             Optional<TensorView> /* workspace */, int64_t scoring, int64_t num_groups,
-             int64_t top_groups, bool renormalize, double scale, int64_t free_slots) {
-  route(bindings::make_call(scores, gates, bias, topk_ids, topk_weights, policy_ids,
-                            policies, similarity, out_ids, out_weights, out_union, statistics,
-                            scoring, num_groups, top_groups, renormalize, scale, free_slots));
+// See `bindings::Layer`. A CPU needs no workspace.
+Function bind(Tensor policies, Tensor similarity, Tensor out_union, Optional<Tensor> statistics,
+              Optional<Tensor> /* workspace */, int64_t top_k, int64_t scoring, int64_t num_groups,
+              int64_t top_groups, bool renormalize, double scale, int64_t free_slots) {
+  bindings::check(policies.device().device_type == kDLCPU, "policies", "host memory");
+  const bindings::Layer layer(policies, similarity, out_union, statistics, {}, 0, top_k, scoring,
+                              num_groups, top_groups, renormalize, scale, free_slots);
+  return Function::FromTyped(
+      [layer](TensorView scores, TensorView topk_ids, TensorView topk_weights,
+              TensorView policy_ids, int64_t part, Optional<TensorView> bias,
+              Optional<TensorView> gates) {
+        route(layer.call(scores, topk_ids, topk_weights, policy_ids, part, bias, gates));
+      });
 }
 
 ExpertMatrices matrices_of(TensorView tensor, const char* name, TensorView like, int64_t experts,
@@ -159,7 +165,7 @@ void choose_instruction_set(const tvm::ffi::String& name) {
 }  // namespace
 }  // namespace moe_routing::cpu
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(reroute, moe_routing::cpu::reroute);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind, moe_routing::cpu::bind);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(experts, moe_routing::cpu::experts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, moe_routing::cpu::linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(stream_read, moe_routing::cpu::read_stream);

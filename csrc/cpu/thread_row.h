@@ -41,7 +41,7 @@ struct ExpertSet {
 };
 
 // What all rows of a call share. `member` is U as a mask for keys; `wanted` is how many experts
-// join U by `demand`, 0 without budget rows.
+// join U by `demand`, 0 where no row demands any.
 struct Shared {
   ExpertSet required, before, after;
   int64_t num_moved = 0;
@@ -79,16 +79,17 @@ class ThreadRow {
   using Floats = Slots<float>;
 
   MOE_ROUTING_FN ThreadRow(const Call& call, const Policy* policy, int row, Shared& shared,
-                           Scratch& scratch, const Softmax& softmax = {})
+                           Scratch& scratch, const Softmax* known = nullptr)
       : call_(call),
         policy_(policy),
         row_(row),
         shared_(shared),
         scratch_(scratch),
-        softmax_(softmax) {}
+        knows_softmax_(known != nullptr),
+        softmax_(known != nullptr ? *known : Softmax{}) {}
 
   MOE_ROUTING_FN const Call& call() const { return call_; }
-  MOE_ROUTING_FN Kind kind() const { return policy_ ? policy_->kind : Kind::vanilla; }
+  MOE_ROUTING_FN bool is(Flag flag) const { return policy_ && (policy_->flags & flag); }
   MOE_ROUTING_FN const Policy& policy() const { return *policy_; }
   MOE_ROUTING_FN const Softmax& softmax() const { return softmax_; }
 
@@ -106,9 +107,10 @@ class ThreadRow {
     return bits;
   }
 
-  MOE_ROUTING_FN float sum(const Floats& slots) const {
+  MOE_ROUTING_FN float sum(const Floats& slots) const { return sum_first(slots, call_.top_k); }
+  MOE_ROUTING_FN float sum_first(const Floats& slots, int n) const {
     float total = 0.0f;
-    for (int t = 0; t < call_.top_k; ++t) total += slots.value[t];
+    for (int t = 0; t < n; ++t) total += slots.value[t];
     return total;
   }
 
@@ -118,7 +120,7 @@ class ThreadRow {
     const int n = call_.num_experts;
     read(call_.scores, scratch_.logits);
     const float* scores = scratch_.logits;
-    if (call_.scoring == Scoring::softmax) {
+    if (call_.scoring == Scoring::softmax && !knows_softmax_) {
       softmax_ = {largest(scores), 1.0f};
       if (!call_.renormalize || call_.bias != nullptr) {
         softmax_.inverse_total = 1.0f / total_of_all();
@@ -130,8 +132,9 @@ class ThreadRow {
     pool_ = scratch_.keys;
   }
 
+  MOE_ROUTING_FN void reopen() { open(); }
+
   MOE_ROUTING_FN int rank_base(Ints& order) {
-    if (call_.chooses) return 0;
     int64_t keys[kMaxTopK];
     int n = 0;
     const Ints base = base_ids();
@@ -232,7 +235,13 @@ class ThreadRow {
       const int64_t key = make_key(row[j], j) & shared_.member[j];
       best = key > best ? key : best;
     }
+    if (best == 0) return {expert, minus_infinity()};
     return {expert_of(best), row[expert_of(best)]};
+  }
+
+  MOE_ROUTING_FN float coefficient(int expert, int stand_in) const {
+    const int64_t n = call_.num_experts;
+    return neighbours_of(expert)[n * n + stand_in];
   }
 
   MOE_ROUTING_FN int nearest_slot(int expert, const Ints& ids, int n) const {
@@ -353,11 +362,9 @@ class ThreadRow {
       strengths[best] = 0;
     }
     for (int j = 0; j < call_.num_experts; ++j) scratch_.allowed[j] = is_best[j / size];
-    if (!call_.chooses) {
-      const Ints base = base_ids();
-      for (int t = 0; t < call_.top_k; ++t) {
-        if (base.value[t] >= 0) scratch_.allowed[base.value[t]] = true;
-      }
+    const Ints base = base_ids();
+    for (int t = 0; t < call_.top_k; ++t) {
+      if (base.value[t] >= 0) scratch_.allowed[base.value[t]] = true;
     }
     for (int j = 0; j < call_.num_experts; ++j) {
       scratch_.scores[j] = scratch_.allowed[j] ? scores[j] : minus_infinity();
@@ -384,12 +391,13 @@ class ThreadRow {
   Scratch& scratch_;
   int64_t* pool_ = nullptr;
   bool is_open_ = false;
+  const bool knows_softmax_;
   Softmax softmax_;
 };
 
 struct RowState {
   Slots<int> order;
-  int guaranteed;
+  Decision decision;
   Softmax softmax;
 };
 
@@ -462,7 +470,7 @@ void route(const Call& call) {
   for (int row = 0; row < call.num_rows; ++row) {
     if (call.policy_ids[row] == kPad) continue;
     ThreadRow live(call, find_policy(call, call.policy_ids[row], step), row, shared, scratch);
-    states[row].guaranteed = decide(live, states[row].order);
+    states[row].decision = decide(live, states[row].order);
     states[row].softmax = live.softmax();
   }
   fill_union(call, shared);
@@ -475,8 +483,8 @@ void route(const Call& call) {
     }
     RowState& state = states[row];
     ThreadRow live(call, find_policy(call, call.policy_ids[row], step), row, shared, scratch,
-                   state.softmax);
-    settle(live, state.order, state.guaranteed);
+                   &state.softmax);
+    settle(live, state.order, state.decision);
   }
   add_statistics(call, shared, num_live);
 }

@@ -9,24 +9,11 @@ namespace moe_routing::cuda {
 namespace {
 
 using bindings::Optional;
+using bindings::Tensor;
 using bindings::TensorView;
+using tvm::ffi::Function;
 
-void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView> bias,
-             Optional<TensorView> topk_ids, Optional<TensorView> topk_weights,
-             TensorView policy_ids, TensorView policies, TensorView similarity, TensorView out_ids,
-             TensorView out_weights, TensorView out_union, Optional<TensorView> statistics,
-             Optional<TensorView> workspace, int64_t scoring, int64_t num_groups,
-             int64_t top_groups, bool renormalize, double scale, int64_t free_slots) {
-  Call call = bindings::make_call(scores, gates, bias, topk_ids, topk_weights, policy_ids, policies,
-                                  similarity, out_ids, out_weights, out_union, statistics, scoring,
-                                  num_groups, top_groups, renormalize, scale, free_slots);
-  const DLDevice device = scores.device();
-  bindings::check(device.device_type == kDLCUDA, "scores", "a tensor on a CUDA device");
-  if (workspace.has_value()) {
-    const bindings::Checker checker(device);
-    call.workspace = reinterpret_cast<uint32_t*>(
-        checker.dense<int32_t>(*workspace, "workspace", kDLInt, {kWorkspaceWords}));
-  }
+void launch(const Call& call, DLDevice device) {
   bindings::check(call.workspace != nullptr || call.num_rows <= kOneBlockRows, "workspace",
                   "a tensor, because there are more than 16 rows");
   tvm::ffi::CUDADeviceGuard guard(device.device_id);
@@ -38,7 +25,24 @@ void reroute(TensorView scores, Optional<TensorView> gates, Optional<TensorView>
   }
 }
 
+// See `bindings::Layer`.
+Function bind(Tensor policies, Tensor similarity, Tensor out_union, Optional<Tensor> statistics,
+              Optional<Tensor> workspace, int64_t top_k, int64_t scoring, int64_t num_groups,
+              int64_t top_groups, bool renormalize, double scale, int64_t free_slots) {
+  bindings::check(policies.device().device_type == kDLCUDA, "policies", "a tensor on a CUDA device");
+  const bindings::Layer layer(policies, similarity, out_union, statistics, workspace,
+                              kWorkspaceWords, top_k, scoring, num_groups, top_groups, renormalize,
+                              scale, free_slots);
+  return Function::FromTyped(
+      [layer](TensorView scores, TensorView topk_ids, TensorView topk_weights,
+              TensorView policy_ids, int64_t part, Optional<TensorView> bias,
+              Optional<TensorView> gates) {
+        launch(layer.call(scores, topk_ids, topk_weights, policy_ids, part, bias, gates),
+               layer.device());
+      });
+}
+
 }  // namespace
 }  // namespace moe_routing::cuda
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(reroute, moe_routing::cuda::reroute);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind, moe_routing::cuda::bind);

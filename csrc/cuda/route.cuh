@@ -26,7 +26,7 @@ struct Workspace {
   uint32_t after[kMaxBlocks][kUnionWords];
   uint32_t demand[kMaxBlocks][kMaxExperts];
 };
-constexpr int kWorkspaceWords = 73728;
+constexpr int kWorkspaceWords = 147456;
 static_assert(sizeof(Workspace) <= 4 * kWorkspaceWords, "callers allocate kWorkspaceWords");
 
 template <int kPerLane>
@@ -94,6 +94,7 @@ __device__ __forceinline__ void pad_row(const Call& call, int row, const Shared&
   store_float(call.out_weights, row, lane, 0.0f);
 }
 
+template <int kPerLane>
 __device__ __forceinline__ void add_statistics(const Call& call, const uint32_t* required,
                                                const uint32_t* before, const uint32_t* after,
                                                int num_live, int num_moved) {
@@ -101,7 +102,7 @@ __device__ __forceinline__ void add_statistics(const Call& call, const uint32_t*
   int active = 0;
   int active_base = 0;
   int critical = 0;
-  for (int i = 0; i < kUnionWords; ++i) {
+  for (int i = 0; i < kPerLane; ++i) {
     active += popcount(after[i]);
     active_base += popcount(before[i]);
     critical += popcount(after[i] & ~required[i]);
@@ -128,14 +129,15 @@ __global__ void __launch_bounds__(kOneBlockRows* kWarp, 1)
   const int policy_id = row < call.num_rows ? call.policy_ids[row] : kPad;
   WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, true);
   int order = 0;
-  const int guaranteed = policy_id == kPad ? 0 : decide(live, order);
+  Decision decision;
+  if (policy_id != kPad) decision = decide(live, order);
   __syncthreads();
   if (shared.wanted > 0) {
     if (row == 0) fill_union<kPerLane>(call, shared);
     __syncthreads();
   }
   if (policy_id != kPad) {
-    settle(live, order, guaranteed);
+    settle(live, order, decision);
   } else if (row < call.num_rows) {
     pad_row(call, row, shared);
   }
@@ -143,7 +145,7 @@ __global__ void __launch_bounds__(kOneBlockRows* kWarp, 1)
   if (call.statistics == nullptr) return;
   __syncthreads();
   if (thread == 0) {
-    add_statistics(call, shared.required, shared.before, shared.after, num_live, shared.num_moved);
+    add_statistics<kPerLane>(call, shared.required, shared.before, shared.after, num_live, shared.num_moved);
   }
 }
 
@@ -199,8 +201,9 @@ __device__ __forceinline__ uint32_t gather(const uint32_t (*parts)[kUnionWords],
 }
 
 // What all blocks require and want. Ends with a barrier.
+template <int kPerLane>
 __device__ __forceinline__ void gather_required(const Workspace& workspace, Shared& shared) {
-  for (int word = threadIdx.x / kWarp; word < kUnionWords; word += kWarps) {
+  for (int word = threadIdx.x / kWarp; word < kPerLane; word += kWarps) {
     const uint32_t found = gather(workspace.required, word);
     if (threadIdx.x % kWarp == 0) shared.required[word] = found;
   }
@@ -228,6 +231,7 @@ __device__ __forceinline__ void gather_demand(const Workspace& workspace, Shared
 }
 
 // The last block to finish adds up what all blocks found.
+template <int kPerLane>
 __device__ __forceinline__ void finish_statistics(const Call& call, Workspace& workspace,
                                                   Shared& shared, int num_live) {
   __syncthreads();
@@ -244,7 +248,7 @@ __device__ __forceinline__ void finish_statistics(const Call& call, Workspace& w
   __syncthreads();
   if (!shared.is_last) return;
   __threadfence();
-  for (int word = threadIdx.x / kWarp; word < kUnionWords; word += kWarps) {
+  for (int word = threadIdx.x / kWarp; word < kPerLane; word += kWarps) {
     const uint32_t before = gather(workspace.before, word);
     const uint32_t after = gather(workspace.after, word);
     if (threadIdx.x % kWarp == 0) {
@@ -256,7 +260,7 @@ __device__ __forceinline__ void finish_statistics(const Call& call, Workspace& w
   if (threadIdx.x != 0) return;
   int num_moved = 0;
   for (unsigned block = 0; block < gridDim.x; ++block) num_moved += workspace.num_moved[block];
-  add_statistics(call, shared.required, shared.before, shared.after, num_live, num_moved);
+  add_statistics<kPerLane>(call, shared.required, shared.before, shared.after, num_live, num_moved);
 }
 
 template <bool kPacked, int kPerLane>
@@ -277,10 +281,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
     const int policy_id = row < call.num_rows ? call.policy_ids[row] : kPad;
     WarpRow<kPacked, kPerLane> live(call, find_policy(call, policy_id, step), row, shared, false);
     int order = 0;
-    const int guaranteed = policy_id == kPad ? 0 : decide(live, order);
+    Decision decision;
+    if (policy_id != kPad) decision = decide(live, order);
     if (waits) {
       simt::grid_dependency_wait();
-      gather_required(workspace, shared);
+      gather_required<kPerLane>(workspace, shared);
       if (shared.wanted > 0) {
         gather_demand<kPerLane>(workspace, shared);
         if (warp == 0) fill_union<kPerLane>(call, shared);
@@ -289,13 +294,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)
       waits = false;
     }
     if (policy_id != kPad) {
-      settle(live, order, guaranteed);
+      settle(live, order, decision);
     } else if (row < call.num_rows) {
       pad_row(call, row, shared);
     }
   }
   if (blockIdx.x == 0) write_union(call, shared);
-  if (call.statistics != nullptr) finish_statistics(call, workspace, shared, num_live);
+  if (call.statistics != nullptr) finish_statistics<kPerLane>(call, workspace, shared, num_live);
 }
 
 template <bool kPacked, int kPerLane>
@@ -318,7 +323,8 @@ cudaError_t launch_for_experts(const Call& call, cudaStream_t stream) {
   if (call.num_experts <= 64) return launch<kPacked, 2>(call, stream);
   if (call.num_experts <= 128) return launch<kPacked, 4>(call, stream);
   if (call.num_experts <= 256) return launch<kPacked, 8>(call, stream);
-  return launch<kPacked, 16>(call, stream);
+  if (call.num_experts <= 512) return launch<kPacked, 16>(call, stream);
+  return launch<kPacked, 32>(call, stream);
 }
 
 // Run one call on `stream`. All pointers of `call` are device memory; `workspace` is needed above

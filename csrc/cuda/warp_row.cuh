@@ -9,7 +9,7 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr int kWarp = 32;
 
 // What the rows of one block share. Sets of experts are bit masks. `wanted` is how many experts
-// join U by `demand`, 0 without budget rows.
+// join U by `demand`, 0 where no row demands any.
 struct Shared {
   uint32_t required[kUnionWords];
   uint32_t before[kUnionWords];
@@ -85,15 +85,14 @@ class WarpRow {
                                      Shared& shared, bool adds_to_union)
       : call_(call),
         policy_(policy),
+        flags_(policy != nullptr ? policy->flags : 0),
         row_(row),
         lane_(static_cast<int>(threadIdx.x) % kWarp),
         shared_(shared),
         adds_to_union_(adds_to_union) {}
 
   __device__ __forceinline__ const Call& call() const { return call_; }
-  __device__ __forceinline__ Kind kind() const {
-    return policy_ != nullptr ? policy_->kind : Kind::vanilla;
-  }
+  __device__ __forceinline__ bool is(Flag flag) const { return flags_ & flag; }
   __device__ __forceinline__ const Policy& policy() const { return *policy_; }
 
   template <class T>
@@ -115,12 +114,13 @@ class WarpRow {
   }
 
   __device__ __forceinline__ float sum(float slots) const {
-    return add_lanes(lane_ < call_.top_k ? slots : 0.0f);
+    return sum_first(slots, call_.top_k);
+  }
+  __device__ __forceinline__ float sum_first(float slots, int n) const {
+    return add_lanes(lane_ < n ? slots : 0.0f);
   }
 
   __device__ __forceinline__ void open() {
-    if (is_open_) return;
-    is_open_ = true;
     read_keys();
     if (call_.scoring == Scoring::softmax) {
       softmax_.top = largest_logit();
@@ -135,8 +135,9 @@ class WarpRow {
     }
   }
 
+  __device__ __forceinline__ void reopen() const {}  // the row that decided is the one that settles
+
   __device__ __forceinline__ int rank_base(int& order) {
-    if (call_.chooses) return 0;
     const int expert = base_ids();
     typename Key<kPacked>::Slot key = 0;
     if (expert >= 0) key = Key<kPacked>::slot(key_of(expert), expert);
@@ -269,8 +270,14 @@ class WarpRow {
       }
     }
     const uint32_t top = __reduce_max_sync(kAll, best);
+    if (top == 0) return {expert, minus_infinity()};
     const unsigned candidate = best == top ? best_expert : kMaxExperts;
     return {static_cast<int>(__reduce_min_sync(kAll, candidate)), unordered(top)};
+  }
+
+  __device__ __forceinline__ float coefficient(int expert, int stand_in) const {
+    const int64_t n = call_.num_experts;
+    return neighbours_of(expert)[n * n + stand_in];
   }
 
   __device__ __forceinline__ int nearest_slot(int expert, int ids, int n) const {
@@ -460,13 +467,11 @@ class WarpRow {
       const int expert = i * kWarp + lane_;
       if (expert < call_.num_experts) allowed |= (best_groups >> (expert / size) & 1u) << i;
     }
-    if (!call_.chooses) {
-      const int base = base_ids();
-      MOE_ROUTING_ROLLED
-      for (int t = 0; t < call_.top_k; ++t) {
-        const int expert = get(base, t);
-        if (expert >= 0 && expert % kWarp == lane_) allowed |= 1u << (expert / kWarp);
-      }
+    const int base = base_ids();
+    MOE_ROUTING_ROLLED
+    for (int t = 0; t < call_.top_k; ++t) {
+      const int expert = get(base, t);
+      if (expert >= 0 && expert % kWarp == lane_) allowed |= 1u << (expert / kWarp);
     }
     allowed_ = allowed;
 #pragma unroll
@@ -496,12 +501,12 @@ class WarpRow {
 
   const Call& call_;
   const Policy* const policy_;
+  const int32_t flags_;
   const int row_;
   const int lane_;
   Shared& shared_;
   const bool adds_to_union_;
   Softmax softmax_ = {};
-  bool is_open_ = false;
   unsigned pool_ = 0;     // bit i: expert 32 i + lane can still be popped
   unsigned whole_ = 0;    // the pool before it was restricted to U
   unsigned allowed_ = 0;  // experts of the row's best groups

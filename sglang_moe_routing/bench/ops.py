@@ -1,4 +1,4 @@
-"""Time of the re-routing operators beside the engine's top-k and the torch reference."""
+"""Time of the re-routing beside the engine's top-k and the torch reference."""
 
 from __future__ import annotations
 
@@ -7,32 +7,43 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..kernels import choose, compile_table, fused_out, refine_out, workspace
-from ..policies import OEA, SERE, Policy, Router, TopK, Vanilla, build_table, reroute
+from ..kernels import BoundLayer, choose, workspace
+from ..policies import OEA, SERE, Budget, Policy, Router, TopK, Vanilla, build_table, reroute
 
 MIN_ROUND_S = 2e-3
 """A round repeats a call until it takes this long, so that the clock does not matter."""
 
-CALLS_PER_GRAPH = 20
+MAX_CALLS = 1000
+"""At most, of one round."""
+
+CALLS_PER_GRAPH = 100
 
 Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class _Contestant:
+    """Calls that cost the same, and what makes them ready for another round."""
+
+    calls: Sequence[Call]
+    reset: Call = lambda: None
 
 
 @dataclass(frozen=True)
 class Timing:
     """Medians over rounds, microseconds per call.
 
-    `refine` comes after the engine's top-k and adds to it; `fused` takes its place.
-    `spread_us` is the distance between the quartiles of the operator's rounds.
+    The re-routing comes after the engine's top-k and adds to it. `spread_us` is the distance
+    between the quartiles of its rounds.
     """
 
-    op: str
     device: str
     rows: int
     experts: int
@@ -52,7 +63,7 @@ def run(
     device: str = "cpu",
     rounds: int = 15,
 ) -> Iterator[Timing]:
-    """Measure every shape; rows follow vanilla, topk, oea and sere in turn.
+    """Measure every shape; rows follow vanilla, topk, oea, sere and budget in turn.
 
     On CUDA every measured call is a node of a captured graph, as in serving. Rounds of all
     contestants alternate, so that a disturbance meets them alike.
@@ -65,7 +76,7 @@ def run(
         raise KernelError(f"nothing to measure: {implementation.reason}")
     for num_experts in experts:
         for num_rows in rows:
-            yield from _measure(num_rows, num_experts, top_k, dtype, device, rounds)
+            yield _measure(num_rows, num_experts, top_k, dtype, device, rounds)
 
 
 def summary(timings: Sequence[Timing]) -> dict[str, Any]:
@@ -75,76 +86,82 @@ def summary(timings: Sequence[Timing]) -> dict[str, Any]:
 
 def _measure(
     num_rows: int, num_experts: int, top_k: int, dtype: torch.dtype, device: str, rounds: int
-) -> Iterator[Timing]:
-    calls = _calls(num_rows, num_experts, top_k, dtype, device)
-    timers = {name: _timer(call, device) for name, call in calls.items()}
+) -> Timing:
+    contestants = _contestants(num_rows, num_experts, top_k, dtype, device)
+    timers = {name: _timer(contestant, device) for name, contestant in contestants.items()}
     samples: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
             samples[name].append(timer())
     medians = {name: round(statistics.median(values), 2) for name, values in samples.items()}
-    for op in ("fused", "refine"):
-        quartiles = statistics.quantiles(samples[op], n=4)
-        yield Timing(
-            op=op,
-            device=device,
-            rows=num_rows,
-            experts=num_experts,
-            top_k=top_k,
-            median_us=medians[op],
-            spread_us=round(quartiles[2] - quartiles[0], 2),
-            engine_topk_us=medians["engine"],
-            reference_us=medians["reference"],
-        )
+    quartiles = statistics.quantiles(samples["reroute"], n=4)
+    return Timing(
+        device=device,
+        rows=num_rows,
+        experts=num_experts,
+        top_k=top_k,
+        median_us=medians["reroute"],
+        spread_us=round(quartiles[2] - quartiles[0], 2),
+        engine_topk_us=medians["engine"],
+        reference_us=medians["reference"],
+    )
 
 
-def _policies(top_k: int) -> list[Policy]:
+def _policies(top_k: int, num_experts: int) -> list[Policy]:
     kept = max(1, top_k * 3 // 8)
     return [
         Vanilla(),
         TopK.model_validate({"k0": kept}),
         OEA.model_validate({"k0": kept}),
         SERE.model_validate({"num_primary": kept, "threshold": 0.0}),
+        Budget.model_validate({"max_active": max(1, num_experts // 4)}),
     ]
 
 
-def _calls(
+def _contestants(
     num_rows: int, num_experts: int, top_k: int, dtype: torch.dtype, device: str
-) -> dict[str, Call]:
+) -> dict[str, _Contestant]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(num_rows, num_experts, generator=generator).to(device, dtype)
     router = Router()
-    policies = _policies(top_k)
+    policies = _policies(top_k, num_experts)
     table = build_table(
         policies,
         layer=0,
         top_k=top_k,
         num_experts=num_experts,
         similarity={"random": torch.rand(num_experts, num_experts, generator=generator)},
-        artifacts=[None, None, None, "random"],
+        artifacts=[None, None, None, "random", None],
         device=device,
     )
-    kernel_table = compile_table(table)
     policy_ids = (torch.arange(num_rows) % len(policies)).int().to(device)
     engine = _engine_topk(logits, top_k)
     weights, ids = engine()
     weights, ids = weights.float(), ids.int()
-    out: dict[str, Any] = {
-        "out_ids": torch.empty_like(ids),
-        "out_weights": torch.empty_like(weights),
-        "out_union": torch.empty(num_experts, dtype=torch.bool, device=device),
-        "workspace": workspace(device) if device != "cpu" else None,
-    }
+    layer = BoundLayer(
+        table,
+        router,
+        torch.empty(num_experts, dtype=torch.bool, device=device),
+        top_k=top_k,
+        workspace=workspace(device),
+    )
+    # in place: every call of a round has a choice of its own
+    all_ids, all_weights = (x.expand(MAX_CALLS, -1, -1).clone() for x in (ids, weights))
+
+    def reset() -> None:
+        all_ids.copy_(ids)
+        all_weights.copy_(weights)
 
     def reference() -> object:
         scores, gates = router.score(logits, ids)
         return reroute(scores, gates, ids, weights, policy_ids, table, renormalize=True)
 
+    choices = zip(all_ids, all_weights, strict=True)
+    calls = [partial(layer.reroute, logits, *choice, policy_ids) for choice in choices]
     return {
-        "engine": engine,
-        "fused": lambda: fused_out(logits, policy_ids, kernel_table, router, **out),
-        "refine": lambda: refine_out(logits, ids, weights, policy_ids, kernel_table, router, **out),
-        "reference": reference,
+        "engine": _Contestant([engine] * MAX_CALLS),
+        "reroute": _Contestant(calls, reset),
+        "reference": _Contestant([reference] * MAX_CALLS),
     }
 
 
@@ -162,48 +179,52 @@ def _plain_topk(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return weights / weights.sum(dim=-1, keepdim=True), ids.int()
 
 
-def _timer(call: Call, device: str) -> Callable[[], float]:
+def _timer(contestant: _Contestant, device: str) -> Callable[[], float]:
     """A function that runs one round and returns microseconds per call."""
-    return _cuda_timer(call) if device.startswith("cuda") else _cpu_timer(call)
+    return _cuda_timer(contestant) if device.startswith("cuda") else _cpu_timer(contestant)
 
 
-def _cpu_timer(call: Call) -> Callable[[], float]:
-    for _ in range(3):
+def _cpu_timer(contestant: _Contestant) -> Callable[[], float]:
+    first, *others = contestant.calls
+    for call in others[:3]:
         call()
     start = time.perf_counter()
-    call()
+    first()
     repeats = max(1, int(MIN_ROUND_S / max(time.perf_counter() - start, 1e-7)))
+    calls = contestant.calls[:repeats]
 
     def run_round() -> float:
+        contestant.reset()
         start = time.perf_counter()
-        for _ in range(repeats):
+        for call in calls:
             call()
-        return (time.perf_counter() - start) / repeats * 1e6
+        return (time.perf_counter() - start) / len(calls) * 1e6
 
     return run_round
 
 
-def _cuda_timer(call: Call) -> Callable[[], float]:
+def _cuda_timer(contestant: _Contestant) -> Callable[[], float]:
+    calls = contestant.calls[:CALLS_PER_GRAPH]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for call in calls[:3]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS_PER_GRAPH):
+        for call in calls:
             call()
     graph.replay()
 
     def run_round() -> float:
+        contestant.reset()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        for _ in range(10):
-            graph.replay()
+        graph.replay()
         end.record()
         end.synchronize()
         elapsed_ms: float = begin.elapsed_time(end)
-        return elapsed_ms * 1e3 / (10 * CALLS_PER_GRAPH)
+        return elapsed_ms * 1e3 / len(calls)
 
     return run_round

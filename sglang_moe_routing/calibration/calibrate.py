@@ -175,7 +175,7 @@ class Calibration:
         return output
 
     def _write_matrix(self, layer: int, metric: Metric) -> None:
-        matrix = metric.matrix()
+        matrix, coefficients = metric.matrix(), metric.coefficients()
         if not bool(torch.isfinite(matrix).all()):
             damaged = metric.experts.damaged()
             cause = (
@@ -183,7 +183,10 @@ class Calibration:
             )
             raise CalibrationError(f"{self.name}: layer {layer} has no similarity: {cause}")
         notes = {"notes": json.dumps(metric.notes())}
-        _write({"similarity": matrix.to(self.dtype)}, self._matrix_file(layer), notes)
+        tensors = {"similarity": matrix.to(self.dtype)}
+        if coefficients is not None:
+            tensors["coefficient"] = coefficients.to(self.dtype)
+        _write(tensors, self._matrix_file(layer), notes)
 
     # --- partial results -----------------------------------------------------------------------
 
@@ -272,10 +275,13 @@ class Calibration:
     # --- the artifact --------------------------------------------------------------------------
 
     def _artifact(self) -> SimilarityArtifact:
-        matrices, notes = {}, {}
+        matrices, coefficients, notes = {}, {}, {}
         for layer in self._wanted:
             with self._naming_damage():
-                matrices[layer], note = _read_matrix(self._matrix_file(layer))
+                tensors, note = _read_matrix(self._matrix_file(layer))
+            matrices[layer] = tensors["similarity"]
+            if "coefficient" in tensors:
+                coefficients[layer] = tensors["coefficient"]
             if note:
                 notes[str(layer)] = note
         return SimilarityArtifact(
@@ -284,6 +290,7 @@ class Calibration:
             model=self.name,
             details=self._details(notes),
             fingerprint=self._fingerprint,
+            coefficients=coefficients,
         )
 
     def _details(self, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,11 +335,12 @@ def check_experts(experts: Experts, routing: Routing, num_tokens: int = 32) -> N
         )
 
 
-def _read_matrix(file: Path) -> tuple[Tensor, Any]:
+def _read_matrix(file: Path) -> tuple[dict[str, Tensor], Any]:
     from safetensors import safe_open
 
     with safe_open(str(file), framework="pt") as stored:
-        return stored.get_tensor("similarity"), json.loads(stored.metadata()["notes"])
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        return tensors, json.loads(stored.metadata()["notes"])
 
 
 def _write(tensors: dict[str, Tensor], file: Path, notes: dict[str, str]) -> None:

@@ -47,6 +47,11 @@ class Metric(ABC):
     def matrix(self) -> Tensor:
         """Similarity, float64 ``[N, N]`` on the CPU. Row u: who can stand in for u."""
 
+    def coefficients(self) -> Tensor | None:
+        """Factor of the slot's weight when v stands in for u, float64 ``[N, N]`` on the CPU, in
+        [0, 1]; None where the metric has none."""
+        return None
+
     def notes(self) -> Mapping[str, object]:
         """What an operator should know of this layer's matrix; JSON values."""
         return {}
@@ -166,7 +171,7 @@ class _Block:
     @cached_property
     def own(self) -> Tensor:
         """Outputs of each token's own experts: ``[block, top_k, hidden]``."""
-        return self.outputs[torch.arange(len(self.ids), device=self.ids.device)[:, None], self.ids]
+        return _own(self.outputs, self.ids)
 
     @cached_property
     def products(self) -> Tensor:
@@ -181,22 +186,38 @@ class _Block:
         return (own[:, :, None] + norms[:, None, :] - 2 * self.products).clamp_min(0)
 
 
-class Routed(Metric):
-    """1 - the relative error of v in u's place, on the tokens that the router sends to u.
+class RoutedTokens(Metric):
+    """Sums for each expert over the tokens that the router sends to it.
 
-    ``Sim[u, v] = 1 - sqrt(sum w_u^2 |E_u - E_v|^2 / sum w_u^2 |E_u|^2)``, w_u being u's combine
-    weight: 1 is a perfect stand-in, 0 as bad as dropping u, below 0 worse. An expert that got no
-    token is measured on all tokens at equal weight.
+    An expert that got no token is measured on all tokens at equal weight.
     """
 
     def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
         super().__init__(experts, hidden_size, num_tokens)
-        size = (self.num_experts, self.num_experts)
-        self._error = torch.zeros(size, dtype=torch.float64)
-        self._scale = torch.zeros(self.num_experts, dtype=torch.float64)
-        self._gram = torch.zeros(size, dtype=torch.float64)
-        self._energy = torch.zeros(self.num_experts, dtype=torch.float64)
+        self._size = (self.num_experts, self.num_experts)
+        self._gram = torch.zeros(self._size, dtype=torch.float64)
         self._load = torch.zeros(self.num_experts, dtype=torch.int64)
+
+    def _count(self, ids: Tensor) -> None:
+        self._load += torch.bincount(ids.flatten().cpu(), minlength=self.num_experts)
+
+    def notes(self) -> Mapping[str, object]:
+        unused = (self._load == 0).nonzero().flatten().tolist()
+        return {"experts_without_tokens": unused} if unused else {}
+
+
+class Routed(RoutedTokens):
+    """1 - the relative error of v in u's place, on the tokens that the router sends to u.
+
+    ``Sim[u, v] = 1 - sqrt(sum w_u^2 |E_u - E_v|^2 / sum w_u^2 |E_u|^2)``, w_u being u's combine
+    weight: 1 is a perfect stand-in, 0 as bad as dropping u, below 0 worse.
+    """
+
+    def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
+        super().__init__(experts, hidden_size, num_tokens)
+        self._error = torch.zeros(self._size, dtype=torch.float64)
+        self._scale = torch.zeros(self.num_experts, dtype=torch.float64)
+        self._energy = torch.zeros(self.num_experts, dtype=torch.float64)
 
     def update(self, routing: Routing) -> None:
         for outputs, ids, weights in self._blocks(routing):
@@ -204,7 +225,7 @@ class Routed(Metric):
             mean = outputs.mean(dim=0)
             outputs -= mean
             self._gram += _gram(outputs)
-            self._load += torch.bincount(ids.flatten().cpu(), minlength=self.num_experts)
+            self._count(ids)
             block = _Block(outputs.transpose(0, 1), mean, ids, weights.float())
             cost, drop = self._costs(block)
             self._error += _by_expert(ids, cost, self.num_experts)
@@ -224,10 +245,6 @@ class Routed(Metric):
         relative = error / scale
         similarity = 1 - relative.sign() * relative.abs().sqrt()
         return torch.where(scale == 0, LOWEST, similarity).clamp_min(LOWEST).fill_diagonal_(1)
-
-    def notes(self) -> Mapping[str, object]:
-        unused = (self._load == 0).nonzero().flatten().tolist()
-        return {"experts_without_tokens": unused} if unused else {}
 
 
 class Joint(Routed):
@@ -260,6 +277,53 @@ class Joint(Routed):
         cost, drop = super()._costs(block)
         cost = cost - 2 * weights[:, :, None] * (aligned - own)
         return cost, drop + 2 * weights * (own + mean)[:, :, 0]
+
+
+class LeastSquares(RoutedTokens):
+    """The share of u's output that the best multiple of v explains.
+
+    Over the tokens that the router sends to u, w_u being u's combine weight, ``|E_u - c E_v|^2`` is
+    least at ``c = g / n_v``, and then smaller than ``|E_u|^2`` by the share Sim::
+
+        g = sum w_u^2 <E_u, E_v>, n_v = sum w_u^2 |E_v|^2, n_u = sum w_u^2 |E_u|^2
+        Sim[u, v] = max(g, 0)^2 / (n_v n_u)
+        coefficient[u, v] = clamp(g / n_v, 0, 1)
+
+    0: v explains nothing, or would have to be subtracted. Nothing is centred, for no difference of
+    large numbers is taken.
+    """
+
+    def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
+        super().__init__(experts, hidden_size, num_tokens)
+        self._product = torch.zeros(self._size, dtype=torch.float64)
+        self._norm = torch.zeros(self._size, dtype=torch.float64)
+
+    def update(self, routing: Routing) -> None:
+        for stacked, ids, weights in self._blocks(routing):
+            self._gram += _gram(stacked)
+            self._count(ids)
+            outputs = stacked.transpose(0, 1)  # [block, N, hidden]
+            squares = weights.float().square()[:, :, None]
+            products = _own(outputs, ids) @ outputs.mT  # [block, top_k, N]
+            norms = _norms(outputs, (2,))[:, None]  # [block, 1, N]
+            self._product += _by_expert(ids, squares * products, self.num_experts)
+            self._norm += _by_expert(ids, squares * norms, self.num_experts)
+
+    def matrix(self) -> Tensor:
+        product, norm = self._sums()
+        scale = norm * norm.diagonal()[:, None]
+        share = product.clamp_min(0).square() / scale.where(scale.isfinite(), torch.nan)
+        return torch.where(scale == 0, 0, share).clamp_max(1).fill_diagonal_(1)
+
+    def coefficients(self) -> Tensor:
+        product, norm = self._sums()
+        return torch.where(norm == 0, 0, product / norm).clamp(0, 1).fill_diagonal_(1)
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """g and n_v, both ``[N, N]``."""
+        is_measured = ~(self._norm.diagonal() <= 0)[:, None]  # NaN is measured
+        product = torch.where(is_measured, self._product, self._gram)
+        return product, torch.where(is_measured, self._norm, self._gram.diagonal())
 
 
 class Weights(Metric):
@@ -313,6 +377,7 @@ METRICS: Mapping[str, type[Metric]] = {
     "cka": CKA,
     "routed": Routed,
     "joint": Joint,
+    "least_squares": LeastSquares,
     "weights": Weights,
     "router": RouterRows,
 }
@@ -328,6 +393,12 @@ def _norms(outputs: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Sums of squares over `dim`, without a copy of `outputs` on the way."""
     norms: Tensor = torch.linalg.vector_norm(outputs, dim=dim)
     return norms.square()
+
+
+def _own(outputs: Tensor, ids: Tensor) -> Tensor:
+    """Of all outputs ``[block, N, hidden]`` those of each token's own experts ``[block, top_k]``:
+    ``[block, top_k, hidden]``."""
+    return outputs[torch.arange(len(ids), device=ids.device)[:, None], ids]
 
 
 def _by_expert(ids: Tensor, values: Tensor, num_experts: int) -> Tensor:

@@ -34,6 +34,21 @@ class Hub:
 
 
 @dataclass(frozen=True)
+class CoefficientStatistics:
+    """The coefficients of one layer. The diagonal counts nowhere.
+
+    Attributes:
+        mean: mean coefficient.
+        quantiles: name of `QUANTILES` -> coefficient.
+        nearest_mean: mean over experts of the coefficient of their nearest expert.
+    """
+
+    mean: float
+    quantiles: Mapping[str, float]
+    nearest_mean: float
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """What one matrix says about its layer. The diagonal counts nowhere.
 
@@ -48,6 +63,7 @@ class LayerStatistics:
             first.
         distinct_neighbours: number of experts that are the nearest of at least one other.
         largest_hub: the expert that most others have as their nearest.
+        coefficients: None where the metric has none.
     """
 
     layer: int
@@ -58,6 +74,7 @@ class LayerStatistics:
     most_isolated: Sequence[Isolated]
     distinct_neighbours: int
     largest_hub: Hub
+    coefficients: CoefficientStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -98,13 +115,16 @@ class Comparison:
     only_there: Sequence[int]
 
 
-def layer_statistics(layer: int, matrix: Tensor, rhos: Sequence[float]) -> LayerStatistics:
+def layer_statistics(
+    layer: int, matrix: Tensor, rhos: Sequence[float], coefficients: Tensor | None = None
+) -> LayerStatistics:
     """Describe one layer. Ties go to the lowest expert id.
 
     Args:
         layer: layer id.
         matrix: ``[N, N]`` similarities, finite.
         rhos: thresholds of `LayerStatistics.share_without_neighbour`.
+        coefficients: ``[N, N]``, finite, where the metric has them.
 
     Raises:
         ArtifactError: there is a single expert.
@@ -113,16 +133,16 @@ def layer_statistics(layer: int, matrix: Tensor, rhos: Sequence[float]) -> Layer
     best, nearest = nearest_experts(matrix)
     counts = nearest.bincount(minlength=matrix.shape[0])
     hub = int(counts.argmax())
-    points = torch.tensor(list(QUANTILES.values()), dtype=values.dtype)
     return LayerStatistics(
         layer=layer,
         mean=float(values.mean()),
-        quantiles=dict(zip(QUANTILES, values.flatten().quantile(points).tolist(), strict=True)),
+        quantiles=_quantiles(values),
         nearest_mean=float(best.double().mean()),
         share_without_neighbour={rho: _share_below(best, rho) for rho in rhos},
         most_isolated=_most_isolated(best, nearest),
         distinct_neighbours=int((counts > 0).sum()),
         largest_hub=Hub(hub, int(counts[hub])),
+        coefficients=None if coefficients is None else _coefficients(coefficients, nearest),
     )
 
 
@@ -214,6 +234,20 @@ def spans(ids: Sequence[int]) -> str:
     ends = [i for i in ids if i + 1 not in ids]
     pairs = zip(starts, ends, strict=True)
     return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
+
+
+def _quantiles(values: Tensor) -> dict[str, float]:
+    points = torch.tensor(list(QUANTILES.values()), dtype=values.dtype)
+    return dict(zip(QUANTILES, values.flatten().quantile(points).tolist(), strict=True))
+
+
+def _coefficients(coefficients: Tensor, nearest: Tensor) -> CoefficientStatistics:
+    values = off_diagonal(coefficients).double()
+    return CoefficientStatistics(
+        mean=float(values.mean()),
+        quantiles=_quantiles(values),
+        nearest_mean=float(coefficients.double().gather(1, nearest[:, None]).mean()),
+    )
 
 
 def _share_below(best: Tensor, rho: float) -> float:

@@ -29,7 +29,7 @@ def op(
     threads: Annotated[int, typer.Option(help="Threads of torch on a CPU.", min=1)] = 1,
     json: Json = False,
 ) -> None:
-    """Time the re-routing operators beside the engine's top-k and the torch reference."""
+    """Time the re-routing beside the engine's top-k and the torch reference."""
     import torch
 
     from ..bench import ops
@@ -49,11 +49,10 @@ def op(
     if json:
         print_json(ops.summary(timings))
         return
-    table = Table("op", "device", "rows", "experts", "us", "+-", "engine top-k us", "reference us")
+    table = Table("device", "rows", "experts", "us", "+-", "engine top-k us", "reference us")
     for timing in timings:
         figures = (timing.median_us, timing.spread_us, timing.engine_topk_us, timing.reference_us)
         table.add_row(
-            timing.op,
             timing.device,
             str(timing.rows),
             str(timing.experts),

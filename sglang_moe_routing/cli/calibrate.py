@@ -18,7 +18,9 @@ from .output import Json, clear_errors, console, errors, layer_ids, print_json
 if TYPE_CHECKING:
     from ..calibration.calibrate import Calibration
 
-Metric = Literal["frobenius", "cosine", "cka", "routed", "joint", "weights", "router"]
+Metric = Literal[
+    "frobenius", "cosine", "cka", "routed", "joint", "least_squares", "weights", "router"
+]
 
 
 def calibrate(

@@ -14,7 +14,7 @@ import typer
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..artifacts import SimilarityArtifact, load_artifact
+from ..artifacts import METRICS, SimilarityArtifact, load_artifact
 from ..calibration import heatmap
 from ..calibration.statistics import TOP, compare, layer_statistics, spans
 from ..errors import ArtifactError
@@ -90,8 +90,11 @@ def _load(file: Path, layers: str | None) -> SimilarityArtifact:
 
 
 def _narrowed(artifact: SimilarityArtifact, layers: set[int]) -> SimilarityArtifact:
-    kept = {layer: m for layer, m in artifact.matrices.items() if layer in layers}
-    return replace(artifact, matrices=kept)
+    return replace(
+        artifact,
+        matrices={layer: m for layer, m in artifact.matrices.items() if layer in layers},
+        coefficients={layer: m for layer, m in artifact.coefficients.items() if layer in layers},
+    )
 
 
 @contextmanager
@@ -106,8 +109,8 @@ def _naming(file: Path) -> Iterator[None]:
 def _describe(file: Path, artifact: SimilarityArtifact, rhos: Sequence[float]) -> dict[str, Any]:
     with _naming(file):
         layers = [
-            asdict(layer_statistics(layer, artifact.matrices[layer], rhos))
-            for layer in artifact.layers
+            asdict(layer_statistics(layer, matrix, rhos, artifact.coefficients.get(layer)))
+            for layer, matrix in sorted(artifact.matrices.items())
         ]
     for layer in layers:
         shares = layer["share_without_neighbour"]
@@ -115,6 +118,7 @@ def _describe(file: Path, artifact: SimilarityArtifact, rhos: Sequence[float]) -
     return {
         "file": str(file),
         "metric": artifact.metric,
+        "meaning": METRICS[artifact.metric].meaning,
         "model": artifact.model,
         "num_experts": artifact.num_experts,
         "details": dict(artifact.details),
@@ -148,7 +152,11 @@ def _draw(artifact: SimilarityArtifact, folder: Path) -> None:
 
 def _print(found: Mapping[str, Any]) -> None:
     console.print(_header(found))
-    console.print(_values(found))
+    layers = {layer["layer"]: layer for layer in found["layers"]}
+    console.print(_values("similarity", layers))
+    if METRICS[found["metric"]].has_coefficients:
+        coefficients = {layer: values["coefficients"] for layer, values in layers.items()}
+        console.print(_values("coefficient", coefficients))
     console.print(_neighbours(found))
     console.print(_isolated(found))
     _warn_of_hubs(found)
@@ -162,7 +170,7 @@ def _header(found: Mapping[str, Any]) -> Table:
     table = Table(Column("what"), Column("found", overflow="fold"), show_header=False)
     table.title = Text(found["file"])
     layers = [layer["layer"] for layer in found["layers"]]
-    shown = {key: found[key] for key in ("metric", "model")}
+    shown = {key: found[key] for key in ("metric", "meaning", "model")}
     shown |= {"experts": found["num_experts"], "layers": spans(layers)} | found["details"]
     for key, value in shown.items():
         text = value if isinstance(value, str) else json_module.dumps(value, ensure_ascii=False)
@@ -170,13 +178,13 @@ def _header(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _values(found: Mapping[str, Any]) -> Table:
+def _values(what: str, layers: Mapping[int, Mapping[str, Any]]) -> Table:
     table = Table("layer", "mean", "min", "5%", "median", "95%", "max", "nearest")
-    table.title = "similarity of two different experts"
-    table.caption = "nearest: mean over experts of the similarity of their nearest expert"
-    for layer in found["layers"]:
-        numbers = (layer["mean"], *layer["quantiles"].values(), layer["nearest_mean"])
-        table.add_row(str(layer["layer"]), *(f"{number:.3f}" for number in numbers))
+    table.title = f"{what} of two different experts"
+    table.caption = "nearest: that of an expert's nearest one, mean over experts"
+    for layer, values in layers.items():
+        numbers = (values["mean"], *values["quantiles"].values(), values["nearest_mean"])
+        table.add_row(str(layer), *(f"{number:.3f}" for number in numbers))
     return table
 
 

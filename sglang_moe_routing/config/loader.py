@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from ..errors import ConfigError, shorten
 from ..policies import PolicyRegistry, installed_registry
-from ..policies.base import format_layers
+from ..policies.schedule import format_layers
 from .schema import RoutingConfig, model_for
 
 BUNDLED = "configs"

@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema
 
 from ..errors import shorten
 from ..policies import Policy, PolicyRegistry, Vanilla
-from ..policies.base import StrictModel
+from ..policies.rule import StrictModel
 
 VANILLA = "vanilla"
 DEFAULT_HEADER = "X-MoE-Routing-Policy"
@@ -157,8 +157,8 @@ class Reload(StrictModel):
     """Room for numbers of live rows at which some policy changes (engagement, schedules), counted
     over all policies, plus one. At least what the file at start-up needs twice."""
     artifacts: Annotated[int, Field(ge=0, le=64)] = 1
-    """Room for further similarity artifacts beside those that are used at start-up. At least as
-    many again."""
+    """Room for further similarity artifacts beside those that are used at start-up; one with
+    coefficients counts twice. At least as many again."""
 
 
 class RoutingConfig(StrictModel):
@@ -180,6 +180,10 @@ class RoutingConfig(StrictModel):
     """'isolated': KV made under a policy is reused under the same policy only.
     'shared': one cache for all requests of an isolation group; vanilla requests may then read KV
     that a lossy policy wrote."""
+    torch_policies: Literal["refuse", "allow"] = "refuse"
+    """Whether policies may be listed that are written in torch, by other packages, instead of
+    giving a rule. While one is, rows of every policy are computed in torch, many times slower than
+    by the compiled kernels."""
     statistics: bool = True
     """Count active experts on the device, read out at /v1/moe_routing/statistics."""
     metrics: Metrics = Metrics()

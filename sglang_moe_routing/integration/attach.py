@@ -18,20 +18,17 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import find_checkpoint, layers_without_experts, read_headers
-from ..config import LoadedConfig, check_policies
-from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
+from ..config import LoadedConfig, RoutingConfig, check_policies
+from ..errors import ArtifactError, CheckpointError, EngineError, KernelError, PolicyError
 from ..kernels import (
     CHOICE,
     REFERENCE,
     Implementation,
-    KernelTable,
-    Room,
+    beyond_limits,
     choose,
-    compile_table,
-    unsupported,
-    with_room,
+    written_in_torch,
 )
-from ..policies import PolicyTable, Router, Sizes, build_table
+from ..policies import Capacity, PolicyTable, Router, Sizes, build_table, with_capacity
 from ..similarity import idle_thresholds
 from . import environment, runners
 from .cpu_platform.experts import RUNNER
@@ -213,21 +210,17 @@ def _has_bias_per_token(module: torch.nn.Module) -> bool:
 
 
 def _describe_kernels(implementation: Implementation, layers: Sequence[Layer]) -> str:
-    if all(layer.kernel_table is not None for layer in layers):
+    if all(layer.uses_kernels for layer in layers):
         return implementation.name
     if not implementation.is_native:
         return f"{REFERENCE}: {implementation.reason}"
-    layer = next(layer for layer in layers if layer.kernel_table is None)
-    return f"{REFERENCE}: {_unsupported(layer)}"
+    layer = next(layer for layer in layers if not layer.uses_kernels)
+    return f"{REFERENCE}: {written_in_torch(layer.table)}"
 
 
 def _describe_experts(routers: Mapping[int, tuple[TopK, FusedMoE]]) -> str:
     runners = {getattr(experts, RUNNER, None) for _, experts in routers.values()}
     return ", ".join(sorted(runner.name if runner else "sglang" for runner in runners))
-
-
-def _unsupported(layer: Layer) -> str:
-    return unsupported(layer.table, layer.router, layer.num_experts, layer.top_k)
 
 
 def _make_layer(
@@ -248,12 +241,12 @@ def _make_layer(
     sizes = _sizes(topk, experts)
     top_k, num_experts = sizes.top_k, sizes.num_experts
     router = make_router(config, where)
-    definitions = runtime.ids.table
-    table = make_table(definitions, topk.layer_id, top_k, num_experts, device)
-    problem = unsupported(table, router, num_experts, top_k)
-    if problem and os.environ.get(CHOICE) == "native":
-        raise KernelError(f"{CHOICE}=native, but {where}: {problem}")
-    is_native = implementation.is_native and not problem
+    table = make_table(runtime.ids.table, topk.layer_id, sizes)
+    if runtime.has_graphs:
+        table = with_capacity(table, _capacity(runtime, table.capacity))
+    table = table.to(device)
+    if implementation.is_native:
+        _check_kernels(runtime.config, table, beyond_limits(router, num_experts, top_k), where)
     return Layer(
         layer_id=topk.layer_id,
         index=index,
@@ -262,46 +255,58 @@ def _make_layer(
         router=router,
         free_slots=runners.free_slots(experts, where),
         table=table,
-        kernel_table=_compile(runtime, table) if is_native else None,
+        has_kernels=implementation.is_native,
         union=torch.zeros(num_experts, dtype=torch.bool, device=device),
     )
 
 
-def make_table(
-    definitions: Sequence[Definition],
-    layer_id: int,
-    top_k: int,
-    num_experts: int,
-    device: torch.device,
-) -> PolicyTable:
-    """The policies of one layer; the place of a definition is its policy id."""
+def _check_kernels(config: RoutingConfig, table: PolicyTable, limit: str, where: str) -> None:
+    """Refuse what the kernels cannot serve, rather than serve all of it many times slower."""
+    if limit:
+        raise KernelError(
+            f"{where}: {limit}. {CHOICE}={REFERENCE} serves it with plain torch, many times slower"
+        )
+    check_torch_policies(config, table)
+
+
+def check_torch_policies(config: RoutingConfig, table: PolicyTable) -> None:
+    """Raise `PolicyError` if policies keep the kernels idle that the config does not allow to."""
+    problem = written_in_torch(table)
+    if problem and config.torch_policies == "refuse":
+        raise PolicyError(
+            f"{problem}: while one is listed, rows of every policy are computed by the torch "
+            "reference, many times slower than by the compiled kernels. Let it give a Rule, list "
+            "it in another server's config, or accept the price: torch_policies: allow"
+        )
+
+
+def make_table(definitions: Sequence[Definition], layer_id: int, sizes: Sizes) -> PolicyTable:
+    """The policies of one layer, on the host; the place of a definition is its policy id."""
     artifacts = {d.artifact.sha256: d.artifact for d in definitions if d.artifact}
     return build_table(
         [d.policy for d in definitions],
         layer=layer_id,
-        top_k=top_k,
-        num_experts=num_experts,
+        top_k=sizes.top_k,
+        num_experts=sizes.num_experts,
         similarity={digest: a.matrices[layer_id] for digest, a in artifacts.items()},
+        coefficients={
+            digest: a.coefficients[layer_id] for digest, a in artifacts.items() if a.coefficients
+        },
         artifacts=[d.artifact.sha256 if d.artifact else None for d in definitions],
-        device=device,
     )
 
 
-def _compile(runtime: Runtime, table: PolicyTable) -> KernelTable:
+def _capacity(runtime: Runtime, needed: Capacity) -> Capacity:
     """Captured graphs keep the addresses of a table, so that it cannot grow later.
 
     It holds what the file needs twice: a reload puts its definitions beside those in force.
     """
-    compiled, reload = compile_table(table), runtime.config.reload
-    if not runtime.has_graphs:
-        return compiled
-    needed = compiled.room
-    room = Room(
+    reload = runtime.config.reload
+    return Capacity(
         policies=max(2 * needed.policies - 1, reload.policies),
         steps=max(2 * needed.steps - 1, reload.steps),
-        artifacts=needed.artifacts + max(needed.artifacts, reload.artifacts),
+        matrices=needed.matrices + max(needed.matrices, reload.artifacts),
     )
-    return with_room(compiled, room)
 
 
 KNOWN_ROUTER_SETTINGS = frozenset(

@@ -21,11 +21,10 @@ from sglang.srt.managers.io_struct import SetInternalStateReq
 
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig, RoutingConfig, load_config
-from ..errors import KernelError, ReloadError, RoutingError
-from ..kernels import KernelTable, compile_table, unsupported, with_room
-from ..policies import PolicyTable, Sizes
+from ..errors import PolicyError, ReloadError, RoutingError
+from ..policies import PolicyTable, Sizes, with_capacity
 from . import environment, http_server, metrics, runtime
-from .attach import check_artifacts, digests, make_table, warn_of_policies
+from .attach import check_artifacts, check_torch_policies, digests, make_table, warn_of_policies
 from .definitions import Definition, define
 from .runtime import Layer, Runtime, used_artifacts
 
@@ -54,7 +53,7 @@ class Staged:
     loaded: LoadedConfig
     artifacts: Mapping[str, SimilarityArtifact]
     table: Sequence[Definition]
-    layers: Sequence[tuple[Layer, PolicyTable, KernelTable | None]]
+    layers: Sequence[tuple[Layer, PolicyTable]]
 
 
 _lock = asyncio.Lock()
@@ -192,47 +191,38 @@ def _stage(state: Runtime, digest: int) -> Staged:
     sizes = {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in state.layers}
     warn_of_policies(loaded, artifacts, sizes)
     table = state.ids.with_config(define(loaded, artifacts))
-    layers = [_stage_layer(state, layer, table) for layer in state.layers]
+    layers = [_stage_layer(state, layer, table, loaded.config) for layer in state.layers]
     return Staged(loaded, artifacts, table, layers)
 
 
 def _stage_layer(
-    state: Runtime, layer: Layer, definitions: Sequence[Definition]
-) -> tuple[Layer, PolicyTable, KernelTable | None]:
-    device = layer.union.device
-    table = make_table(definitions, layer.layer_id, layer.top_k, layer.num_experts, device)
+    state: Runtime, layer: Layer, definitions: Sequence[Definition], config: RoutingConfig
+) -> tuple[Layer, PolicyTable]:
+    table = make_table(definitions, layer.layer_id, Sizes(layer.top_k, layer.num_experts))
     where = f"layer {layer.layer_id}"
-    if layer.kernel_table is None:
-        if state.has_graphs:
-            raise ReloadError(f"{where}: captured graphs hold the torch reference; restart")
-        return layer, table, None
-    problem = unsupported(table, layer.router, layer.num_experts, layer.top_k)
-    if problem:
-        raise ReloadError(f"{where}: {problem}, and this server runs kernels; restart it")
-    compiled = compile_table(table)
-    if not state.has_graphs:
-        return layer, table, compiled
-    try:
-        return layer, table, with_room(compiled, layer.kernel_table.room)
-    except KernelError as error:
-        raise ReloadError(
-            f"{state.loaded.path}: {where}: {error} in the captured graphs, which hold what is in "
-            "force as well. Change less at a time, or restart, with more room under 'reload' if "
-            "need be; room of former definitions frees itself with the next reload after their "
-            "last request"
-        ) from None
+    if layer.has_kernels:
+        check_torch_policies(config, table)
+    if state.has_graphs:
+        if layer.table.torch_policies or table.torch_policies:
+            raise ReloadError(f"{where}: captured graphs hold policies that are written in torch")
+        try:
+            table = with_capacity(table, layer.table.capacity)
+        except PolicyError as error:
+            raise ReloadError(
+                f"{state.loaded.path}: {where}: {error} in the captured graphs, which hold what is "
+                "in force as well. Change less at a time, or restart, with more room under "
+                "'reload' if need be; room of former definitions frees itself with the next reload "
+                "after their last request"
+            ) from None
+    return layer, table.to(layer.union.device)
 
 
 def _commit(state: Runtime, staged: Staged) -> None:
     is_cuda = state.layers[0].union.is_cuda
     if is_cuda:
         torch.cuda.synchronize()  # the step in flight ends under the old tables
-    for layer, table, compiled in staged.layers:
-        layer.table = table
-        if state.has_graphs and layer.kernel_table is not None and compiled is not None:
-            layer.kernel_table.rewrite(compiled)
-        else:
-            layer.kernel_table = compiled
+    for layer, table in staged.layers:
+        state.adopt_table(layer, table)
     if is_cuda:
         torch.cuda.synchronize()
     state.adopt(staged.loaded, staged.artifacts, staged.table)

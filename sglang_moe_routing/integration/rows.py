@@ -29,12 +29,16 @@ class RowViews:
         self._num_written = 0  # rows beyond are `PAD`
         self._present: Sequence[int] = range(num_groups)
         views = num_groups + (num_groups > 1)  # the last one: live rows, all as vanilla
+        self._views: dict[tuple[int, int], Tensor] = {}  # every layer asks for the same ones
         self._ids = torch.full((views, max_rows), PAD, dtype=torch.int32, device=device)
         self._masks = torch.zeros((num_groups, max_rows, 1), dtype=torch.bool, device=device)
 
     def policy_ids(self, group: int, num_rows: int) -> Tensor:
         """int32 ``[num_rows]``, `PAD` for rows of other groups and without a request."""
-        return self._ids[group, :num_rows]
+        view = self._views.get((group, num_rows))
+        if view is None:
+            view = self._views[group, num_rows] = self._ids[group, :num_rows]
+        return view
 
     def live(self, num_rows: int) -> Tensor:
         """int32 ``[num_rows]``: vanilla for every live row, `PAD` for the others."""
@@ -64,6 +68,7 @@ class RowViews:
         live = torch.tensor([policy_ids], dtype=torch.int32)
         if self.num_groups > 1:
             live = self._split(live, torch.tensor(group_ids, dtype=torch.int32), num_rows)
+        self._views.clear()
         stale = max(0, self._num_written - num_live)
         self._bring(pad(live, (0, stale), value=PAD) if stale else live, self._ids)
         self._num_written, self.num_rows = num_live, num_rows

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from torch import Tensor
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig
 from ..errors import EngineError
-from ..kernels import MAX_ROWS, KernelTable, refine_out, workspace
+from ..kernels import MAX_ROWS, NOT_COUNTED, BoundLayer, workspace
 from ..policies import FreeSlots, PolicyTable, Router, reroute
 from ..similarity import load_similarities
 from . import environment
 from .definitions import Definition, PolicyIds, define
 from .recorder import Recorder
 from .rows import RowCounts, RowViews
-from .statistics import Statistics, count
+from .statistics import AFTER, BEFORE, GROUPS, Statistics, count
 from .weights import NO_WEIGHTS, ServedWeights
 
 LAYER = "_sglang_moe_routing_layer"
@@ -46,8 +47,10 @@ class Layer:
         num_experts: routed experts, shared and redundant ones not counted.
         top_k: routed experts per token.
         free_slots: the id that the layer's MoE runner takes in slots without an expert.
-        kernel_table: `table` for the compiled kernels; None where the torch reference serves.
+        has_kernels: whether compiled kernels hold a layer of this size; else, and while some
+            policy is written in torch, the torch reference serves.
         union: bool ``[num_experts]``, where the kernels leave the union of a call.
+        kernels: the compiled re-routing, bound to `table`; see `Runtime.bind`.
     """
 
     layer_id: int
@@ -57,8 +60,13 @@ class Layer:
     router: Router
     free_slots: FreeSlots
     table: PolicyTable
-    kernel_table: KernelTable | None
+    has_kernels: bool
     union: Tensor
+    kernels: BoundLayer | None = None
+
+    @property
+    def uses_kernels(self) -> bool:
+        return self.has_kernels and not self.table.torch_policies
 
     def follow_bias(self, bias: Tensor | None) -> None:
         """Score with the router's bias of now: an update of the weights may replace the tensor."""
@@ -89,26 +97,22 @@ class Plan:
         return any(self.policy_ids)
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One MoE call: what the router chose, to be re-routed in place.
 
     Attributes:
-        ids, weights: routed columns, ``[num_rows, top_k]``.
         router_logits: ``[num_rows, num_experts]``.
+        ids, weights: routed columns, ``[num_rows, top_k]``.
     """
 
     layer: Layer
+    num_rows: int
+    router_logits: Tensor
     ids: Tensor
     weights: Tensor
-    router_logits: Tensor
-
-    @property
-    def num_rows(self) -> int:
-        return self.ids.shape[0]
 
     def clone(self) -> Call:
-        return replace(self, ids=self.ids.clone(), weights=self.weights.clone())
+        return self._replace(ids=self.ids.clone(), weights=self.weights.clone())
 
     def take(self, rows: Tensor, other: Call) -> None:
         """Take over the `rows`, bool ``[num_rows, 1]``, of `other`."""
@@ -177,6 +181,32 @@ class Runtime:
             self.statistics = Statistics(sizes, device, most, len(groups))
             self.row_counts = RowCounts()
         self.recorder = Recorder.from_environment(self.ids.table, layers)
+        for layer in layers:
+            self.bind(layer)
+
+    def bind(self, layer: Layer) -> None:
+        """Let the kernels know what all calls of `layer` have in common, its table above all."""
+        layer.kernels = None
+        if not layer.uses_kernels:
+            return
+        sums = self.statistics
+        layer.kernels = BoundLayer(
+            layer.table,
+            layer.router,
+            layer.union,
+            top_k=layer.top_k,
+            statistics=None if sums is None else sums.of_layer(layer.index),
+            workspace=self.workspace,
+            free_slots=layer.free_slots,
+        )
+
+    def adopt_table(self, layer: Layer, table: PolicyTable) -> None:
+        """Route `layer` by `table` from now on. Captured graphs hold the tensors of the old one."""
+        if self.has_graphs:
+            layer.table.rewrite(table)
+        else:
+            layer.table = table
+            self.bind(layer)
 
     @contextmanager
     def forward(self, plan: Plan | None) -> Iterator[None]:
@@ -268,11 +298,12 @@ class Runtime:
 
         Shared-expert columns stay untouched.
         """
-        plan, num_rows = self.plan, topk_ids.shape[0]
+        plan, rows = self.plan, self.rows
         if plan is None and not self.is_capturing:
             return
         self.asked.append(layer.index)
-        if self.rows is None or router_logits.shape != (num_rows, layer.num_experts):
+        num_rows, num_columns = topk_ids.shape
+        if rows is None or router_logits.shape != (num_rows, layer.num_experts):
             raise EngineError(
                 f"layer {layer.layer_id}: router logits have shape {tuple(router_logits.shape)}, "
                 f"expected {(num_rows, layer.num_experts)}"
@@ -286,19 +317,20 @@ class Runtime:
             if self.statistics is not None:
                 self.passed.append((layer.index, topk_ids))
             return
-        counted = self.statistics if plan is None or plan.is_decode else None
-        ids, weights = topk_ids, topk_weights
-        if ids.shape[1] > layer.top_k:
-            ids, weights = ids[:, : layer.top_k], weights[:, : layer.top_k]
         if plan is not None:
             self._write_rows(plan, num_rows)
-        elif self.is_capturing:
-            self.captured_rows = max(self.captured_rows, num_rows)
-        call = Call(layer, ids, weights, router_logits)
-        if self.rows.num_groups > 1:
-            self._reroute_by_group(call, counted)
         else:
-            self._reroute_together(call, counted)
+            self.captured_rows = max(self.captured_rows, num_rows)
+        if num_columns > layer.top_k:
+            topk_ids, topk_weights = topk_ids[:, : layer.top_k], topk_weights[:, : layer.top_k]
+        call = layer, num_rows, router_logits, topk_ids, topk_weights
+        counts = self.statistics is not None and (plan is None or plan.is_decode)
+        if rows.num_groups > 1:
+            self._reroute_by_group(Call(*call), counts)
+        elif self.is_recording:
+            self._reroute_and_record(Call(*call), counts)
+        else:
+            self._run(*call, rows.policy_ids(0, num_rows), GROUPS if counts else NOT_COUNTED)
 
     def _lets_pass(self, plan: Plan) -> bool:
         """Whether the calls of a forward need no more than to be counted, if no row is padded."""
@@ -306,30 +338,28 @@ class Runtime:
             return False
         return self.statistics is None or self.statistics.defers
 
-    def _reroute_together(self, call: Call, counted: Statistics | None) -> None:
+    def _reroute_and_record(self, call: Call, counts: bool) -> None:
         assert self.rows is not None
-        policy_ids = self.rows.policy_ids(0, call.num_rows)
-        before = call.clone() if self.is_recording else None
-        union = self._run(call, policy_ids, _sums(counted, call.layer))
-        if before is not None:
-            self._record(policy_ids, before, call, union)
+        policy_ids, before = self.rows.policy_ids(0, call.num_rows), call.clone()
+        union = self._run(*call, policy_ids, GROUPS if counts else NOT_COUNTED)
+        self._record(policy_ids, before, call, union)
 
-    def _reroute_by_group(self, call: Call, counted: Statistics | None) -> None:
+    def _reroute_by_group(self, call: Call, counts: bool) -> None:
         """One pass per isolation group, in which the rows of the other groups are padding."""
         assert self.rows is not None
         is_recording = self.is_recording
         before, live = call.clone(), self.rows.live(call.num_rows)
-        if counted is not None:  # T is a matter of all rows together: count them as vanilla
-            self._run(before.clone(), live, _sums(counted, call.layer, "before"))
+        if counts:  # T is a matter of all rows together: count them as vanilla
+            self._run(*before.clone(), live, BEFORE)
         for group in self.rows.groups_to_run(is_capturing=self.plan is None):
             policy_ids = self.rows.policy_ids(group, call.num_rows)
             mine = before.clone()
-            union = self._run(mine, policy_ids, _sums(counted, call.layer))
+            union = self._run(*mine, policy_ids, GROUPS if counts else NOT_COUNTED)
             if is_recording:
                 self._record(policy_ids, before, mine, union)
             call.take(self.rows.of_group(group, call.num_rows), mine)
-        if counted is not None:
-            self._run(call.clone(), live, _sums(counted, call.layer, "after"))
+        if counts:
+            self._run(*call.clone(), live, AFTER)
 
     @property
     def is_recording(self) -> bool:
@@ -347,54 +377,39 @@ class Runtime:
             (after.ids, after.weights, union),
         )
 
-    def _run(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
-        """Re-route `call` in place, add to `sums`; the union."""
-        fits = call.layer.kernel_table is not None and call.num_rows <= MAX_ROWS
-        run = self._run_kernels if fits else self._run_torch
-        return run(call, policy_ids, sums)
-
-    def _run_kernels(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
-        layer = call.layer
-        assert layer.kernel_table is not None
-        refine_out(
-            call.router_logits,
-            call.ids,
-            call.weights,
-            policy_ids,
-            layer.kernel_table,
-            layer.router,
-            out_ids=call.ids,
-            out_weights=call.weights,
-            out_union=layer.union,
-            statistics=sums,
-            workspace=self.workspace,
-            free_slots=layer.free_slots,
-        )
-        return layer.union
-
-    def _run_torch(self, call: Call, policy_ids: Tensor, sums: Tensor | None) -> Tensor:
-        router = call.layer.router
-        scores, gates = router.score(call.router_logits, call.ids)
+    def _run(
+        self,
+        layer: Layer,
+        num_rows: int,
+        router_logits: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        policy_ids: Tensor,
+        part: int,
+    ) -> Tensor:
+        """Re-route a `Call` in place, add to a part of the statistics; the union."""
+        kernels, router = layer.kernels, layer.router
+        if kernels is not None and num_rows <= MAX_ROWS:
+            kernels.reroute(router_logits, ids, weights, policy_ids, router.bias, part)
+            return layer.union
+        scores, gates = router.score(router_logits, ids)
         outcome = reroute(
             scores,
             gates,
-            call.ids,
-            call.weights,
+            ids,
+            weights,
             policy_ids,
-            call.layer.table,
+            layer.table,
             renormalize=router.renormalize,
             scale=router.scale,
-            free_slots=call.layer.free_slots,
+            free_slots=layer.free_slots,
         )
-        if sums is not None:
-            count(sums, policy_ids, outcome)
-        call.ids.copy_(outcome.topk_ids)
-        call.weights.copy_(outcome.topk_weights)
+        if part != NOT_COUNTED:
+            assert self.statistics is not None
+            count(self.statistics.of_layer(layer.index)[part], policy_ids, outcome)
+        ids.copy_(outcome.topk_ids)
+        weights.copy_(outcome.topk_weights)
         return outcome.union
-
-
-def _sums(statistics: Statistics | None, layer: Layer, part: str = "groups") -> Tensor | None:
-    return None if statistics is None else statistics.of_layer(layer.index, part)
 
 
 _runtime: Runtime | None = None

@@ -28,8 +28,10 @@ COLUMNS = (
 
 
 _DEFERRED_STEPS = 64
-_PARTS = ("groups", "before", "after")
-_PART_OF_COLUMN = ("before", "before", "after", "before", "groups", "groups")
+GROUPS, BEFORE, AFTER = _PARTS = range(3)
+"""Parts of a layer's sums: what the groups' calls count, and all rows before and after them."""
+
+_PART_OF_COLUMN = (BEFORE, BEFORE, AFTER, BEFORE, GROUPS, GROUPS)
 
 
 class Statistics:
@@ -38,8 +40,7 @@ class Statistics:
     Counting adds to a device tensor and never synchronises; it works inside captured graphs.
 
     With several isolation groups a layer makes one call per group, but active experts are those of
-    all rows together. So its sums come in three parts: of the groups' calls, and of a count of all
-    rows before and after them.
+    all rows together. So its sums come in three parts.
 
     On a CPU, steps that nobody re-routes are counted apart and many at a time: call by call would
     take longer there than the policies themselves.
@@ -65,13 +66,10 @@ class Statistics:
         self._parts = _PARTS if num_groups > 1 else _PARTS[:1]
         shape = (len(layers), len(self._parts), len(COLUMNS))
         self._sums = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._views = {
-            part: self._sums[:, place].unbind() for place, part in enumerate(self._parts)
-        }
 
-    def of_layer(self, index: int, part: str = "groups") -> Tensor:
-        """The counts of layer number `index`, int64 ``[6]``, to add to."""
-        return self._views[part][index]
+    def of_layer(self, index: int) -> Tensor:
+        """The counts of layer number `index`, int64 ``[parts, 6]``, to add to."""
+        return self._sums[index]
 
     def count_vanilla(self, calls: Sequence[tuple[int, Tensor]]) -> None:
         """Count the MoE calls of a step that nobody re-routes and that has no padded rows.
@@ -123,8 +121,8 @@ class Statistics:
         """int64 ``[num_layers, 6]`` on the CPU. Synchronises the current stream."""
         self._settle()
         sums = self._sums.cpu()
-        parts = [part if part in self._parts else _PARTS[0] for part in _PART_OF_COLUMN]
-        totals = sums[:, [self._parts.index(part) for part in parts], range(len(COLUMNS))]
+        parts = [part if part in self._parts else GROUPS for part in _PART_OF_COLUMN]
+        totals = sums[:, parts, range(len(COLUMNS))]
         calls, rows, active = self._vanilla.cpu().unbind(dim=1)
         nothing = torch.zeros_like(calls)
         return totals + torch.stack([calls, rows, active, active, nothing, nothing], dim=1)

@@ -1,6 +1,7 @@
-"""Compiled kernels for the re-routing: built on first use, chosen once, called as torch ops."""
+"""Compiled kernels for the re-routing: built on first use, chosen once."""
 
 from ..policies import MAX_ROWS
+from .limits import MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, beyond_limits, written_in_torch
 from .native import (
     CACHE,
     CHOICE,
@@ -11,27 +12,25 @@ from .native import (
     build_cuda,
     choose,
 )
-from .ops import fused, fused_out, refine, refine_out, workspace
-from .table import KernelTable, Room, compile_table, unsupported, with_room
+from .ops import NOT_COUNTED, BoundLayer, refine, workspace
 
 __all__ = [
     "CACHE",
     "CHOICE",
+    "MAX_EXPERTS",
+    "MAX_GROUPS",
     "MAX_ROWS",
+    "MAX_TOP_K",
+    "NOT_COUNTED",
     "REFERENCE",
     "TARGET_ARCHITECTURES",
+    "BoundLayer",
     "Implementation",
-    "KernelTable",
-    "Room",
+    "beyond_limits",
     "build_cpu",
     "build_cuda",
     "choose",
-    "compile_table",
-    "fused",
-    "fused_out",
     "refine",
-    "refine_out",
-    "unsupported",
-    "with_room",
     "workspace",
+    "written_in_torch",
 ]

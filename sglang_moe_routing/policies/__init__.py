@@ -1,19 +1,6 @@
 """Routing policies: what they are, how they are registered, and what they compute."""
 
-from .base import (
-    FREE,
-    MAX_ROWS,
-    PAD,
-    Count,
-    Engagement,
-    FreeSlots,
-    Layers,
-    Parameters,
-    Policy,
-    Rows,
-    Schedule,
-    Similarity,
-)
+from .base import FREE, PAD, Engagement, FreeSlots, Policy
 from .budget import Budget
 from .fit import Sizes, doubts, problems
 from .oea import OEA
@@ -24,10 +11,13 @@ from .registry import (
     builtin_registry,
     installed_registry,
 )
+from .rule import UNLIMITED, Place, Rule
+from .schedule import MAX_ROWS, Count, Layers, Schedule, Similarity
 from .scoring import Router
 from .sere import SERE
-from .table import PolicyTable, build_table
+from .table import WORDS, Capacity, Flag, PolicyTable, build_table, with_capacity
 from .topk import TopK
+from .torch_policy import Rows, TorchPolicy
 from .vanilla import Vanilla
 
 __all__ = [
@@ -37,22 +27,28 @@ __all__ = [
     "OEA",
     "PAD",
     "SERE",
+    "UNLIMITED",
+    "WORDS",
     "Budget",
+    "Capacity",
     "Count",
     "Engagement",
+    "Flag",
     "FreeSlots",
     "Layers",
-    "Parameters",
+    "Place",
     "Policy",
     "PolicyRegistry",
     "PolicyTable",
     "Rerouted",
     "Router",
     "Rows",
+    "Rule",
     "Schedule",
     "Similarity",
     "Sizes",
     "TopK",
+    "TorchPolicy",
     "Vanilla",
     "build_table",
     "builtin_registry",
@@ -60,4 +56,5 @@ __all__ = [
     "installed_registry",
     "problems",
     "reroute",
+    "with_capacity",
 ]

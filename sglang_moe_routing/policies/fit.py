@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from .base import Policy, format_layers, runs
-from .table import starts
+from .base import Policy
+from .rule import Place
+from .schedule import format_layers, runs
 from .vanilla import Vanilla
 
 
@@ -40,9 +41,9 @@ def doubts(policy: Policy, model: Mapping[int, Sizes]) -> list[str]:
 
 def _acts(policy: Policy, model: Mapping[int, Sizes]) -> bool:
     return any(
-        policy.engage.covers(layer, n) and not policy.is_vanilla(layer, n, sizes.top_k)
+        not policy.is_vanilla(Place(layer, n, sizes.top_k, sizes.num_experts))
         for layer, sizes in model.items()
-        for n in starts(policy)
+        for n in policy.starts()
     )
 
 

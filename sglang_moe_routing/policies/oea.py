@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from .base import Count, Parameters, PositiveCount, Rows, Schedule
-from .mapping import Mapped
+from .rule import Place, Rule, limit
+from .schedule import Count, PositiveCount
+from .weights import Mapped
 
 
 class OEA(Mapped):
@@ -32,18 +30,14 @@ class OEA(Mapped):
     max_rank: PositiveCount | None = None
     """Lowest preference rank that may piggyback; all experts if absent."""
 
-    def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
-        unlimited = torch.iinfo(torch.int32).max
-        return {
-            "k0": self.k0,
-            "p": self.p,
-            "k_max": self.k_max or unlimited,
-            "max_rank": self.max_rank or unlimited,
-            **super().parameters(),
-        }
-
-    def is_vanilla(self, layer: int, num_rows: int, top_k: int) -> bool:
-        return self.k0.value(layer, num_rows) >= top_k and self.p == 1.0
+    def rule(self, place: Place) -> Rule:
+        return Rule(
+            k0=self.k0.value(place.layer, place.live_rows),
+            p=self.p,
+            k_max=limit(self.k_max),
+            max_rank=limit(self.max_rank),
+            **self.weights(),
+        )
 
     def check(self, top_k: int, num_experts: int) -> list[str]:
         limits = {
@@ -65,26 +59,3 @@ class OEA(Mapped):
             for name, value in (("k_max", self.k_max), ("max_rank", self.max_rank))
             if value is not None and value <= least < top_k and self.p == 1.0
         ]
-
-    @classmethod
-    def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
-        return rows.rank < cls._num_baseline(rows, parameters)[:, None]
-
-    @classmethod
-    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
-        baseline = rows.rank < cls._num_baseline(rows, parameters)[:, None]
-        piggyback = union & (rows.rank < parameters["max_rank"][:, None])
-        usable = (baseline | piggyback).gather(1, rows.order)  # in preference order
-        limit = parameters["k_max"].clamp(max=rows.top_k)[:, None]
-        kept = usable & (usable.cumsum(dim=1) <= limit)
-        return cls.take(rows, parameters, kept.gather(1, rows.rank) | baseline)
-
-    @classmethod
-    def _num_baseline(cls, rows: Rows, parameters: Parameters) -> Tensor:
-        """``[num_tokens]`` experts that each token is guaranteed (Algorithm 2, phase 1)."""
-        base = rows.order[:, : rows.top_k]
-        mass = rows.gates.gather(1, base).cumsum(dim=1) / rows.gates.sum(dim=1, keepdim=True)
-        p = parameters["p"][:, None]
-        short = ~(mass >= p) | (p >= 1)  # without any mass, and at p = 1, there is no limit
-        needed = 1 + short[:, :-1].long().cumprod(dim=1).sum(dim=1)
-        return torch.minimum(parameters["k0"].long(), needed)

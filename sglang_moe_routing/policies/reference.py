@@ -10,8 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import FREE, PAD, FreeSlots, Parameters, Rows
-from .table import PolicyTable
+from .base import FREE, PAD, FreeSlots
+from .table import Flag, PolicyTable
+from .torch_policy import Rows, TorchPolicy, fill_slots
+
+QUANTUM = 2.0**-16
+"""Demand is summed in whole quanta: the sum does not depend on its order. 65,535 rows fit 32 bits.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,33 +79,32 @@ def reroute(
     ids = topk_ids.long()
     in_range = (ids >= 0) & (ids < num_experts)
     rank, order, chosen = _preference(scores, torch.where(in_range, ids, num_experts))
-    first = order[:, :1]
-    rows = Rows(
+    rules = _Rules(table, policy_ids, live)
+    rows = _Batch(
         rank=rank,
         order=order,
         chosen=chosen,
         gates=gates.float().nan_to_num(nan=0.0),
-        topk_ids=torch.where(in_range, ids, first),
+        topk_ids=torch.where(in_range, ids, order[:, :1]),
         topk_weights=torch.where(in_range, topk_weights.float(), 0.0),
         renormalize=renormalize,
         scale=scale,
         similarity=table.similarity,
     )
-    kind, parameters = _look_up(table, policy_ids, live)
+    by_torch = [(p, _rows_of(p, i, rows, rules, table)) for i, p in table.torch_policies.items()]
 
-    required = torch.zeros_like(rank, dtype=torch.bool)
-    for index, policy in enumerate(table.kinds):
-        selected = live & (kind == index)
-        mask = policy.required(rows, parameters, selected)
-        required |= mask & selected[:, None]
-    union = required.any(dim=0)  # [num_experts]
-    for index, policy in enumerate(table.kinds):
-        union = policy.fill(rows, parameters, live & (kind == index), union)
+    required = torch.where(rules.reroutes[:, None], rows.required(rules), chosen)
+    for policy, mine in by_torch:
+        required = torch.where(mine.mine[:, None], policy.required(mine), required)
+    union = rows.fill(rules, (required & live[:, None]).any(dim=0))  # [num_experts]
 
     new_ids, new_weights = topk_ids, topk_weights
-    for index, policy in enumerate(table.kinds[1:], start=1):
-        chosen_ids, chosen_weights = _merge(*policy.reroute(rows, parameters, union), free_slots)
-        selected = (live & (kind == index))[:, None]
+    touched = rules.reroutes & ~rows.keep_base(rules, union)
+    outcomes = [(touched, rows.settle(rules, union))]
+    outcomes += [(mine.mine, policy.reroute(mine, union)) for policy, mine in by_torch]
+    for selected, outcome in outcomes:
+        chosen_ids, chosen_weights = _merge(*outcome, free_slots)
+        selected = selected[:, None]
         new_ids = torch.where(selected, chosen_ids.to(topk_ids.dtype), new_ids)
         new_weights = torch.where(selected, chosen_weights.to(topk_weights.dtype), new_weights)
 
@@ -118,6 +122,181 @@ def reroute(
         moved_slots=(~kept).sum(),
         critical=(active & ~union).sum(),
     )
+
+
+class _Rules:
+    """The words of every row's policy at this number of live rows, ``[num_tokens]`` each."""
+
+    def __init__(self, table: PolicyTable, policy_ids: Tensor, live: Tensor):
+        starts = table.column("start")[:1]
+        reached = (starts <= live.sum()).sum() - 1  # 0-dimensional: not read on the host
+        self._policy = torch.where(live, policy_ids, 0).long()
+        self._step = reached.expand_as(self._policy)
+        self._table = table
+        flags = torch.where(live, self["flags"], 0)
+        self.reroutes = self._has(flags, Flag.REROUTES)
+        self.moves = self._has(flags, Flag.MOVES)
+        self.compensates = self._has(flags, Flag.COMPENSATES)
+        self.has_coefficients = self._has(flags, Flag.HAS_COEFFICIENTS)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._table.column(name)[self._policy, self._step]
+
+    def of(self, policy: int) -> Tensor:
+        """bool ``[num_tokens]``: rows of this policy, where it is engaged."""
+        return self.reroutes & (self._policy == policy)
+
+    @staticmethod
+    def _has(flags: Tensor, flag: Flag) -> Tensor:
+        return (flags & int(flag)) != 0
+
+
+def _rows_of(
+    policy: TorchPolicy, index: int, batch: _Batch, rules: _Rules, table: PolicyTable
+) -> Rows:
+    similarity = None
+    if policy.uses_similarity:
+        artifact = table.column("artifact")[index].amax().long()
+        similarity = batch.similarity.index_select(0, artifact[None])[0]
+    shared = {name: value for name, value in vars(batch).items() if name != "similarity"}
+    return Rows(layer=table.layer, mine=rules.of(index), similarity=similarity, **shared)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The rows of a call, and the steps of the rule. See `Rows` for what they have in common.
+
+    Attributes:
+        similarity: float32 ``[num_matrices, num_experts, num_experts]``.
+    """
+
+    rank: Tensor
+    order: Tensor
+    chosen: Tensor
+    gates: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    renormalize: bool
+    scale: float
+    similarity: Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    @property
+    def base(self) -> Tensor:
+        """``[num_tokens, top_k]`` first experts in rank order."""
+        return self.order[:, : self.top_k]
+
+    def required(self, rules: _Rules) -> Tensor:
+        """Step 1: bool ``[num_tokens, num_experts]``, the experts that each row insists on.
+
+        OEA, arXiv 2511.02237, Algorithm 2, phase 1.
+        """
+        mass = self.gates.gather(1, self.base).cumsum(dim=1) / self.gates.sum(dim=1, keepdim=True)
+        p = rules["p"][:, None]
+        short = ~(mass >= p) | (p >= 1)  # without any mass, and at p = 1, there is no limit
+        needed = 1 + short[:, :-1].long().cumprod(dim=1).sum(dim=1)
+        return self.rank < torch.minimum(rules["k0"].long(), needed)[:, None]
+
+    def fill(self, rules: _Rules, union: Tensor) -> Tensor:
+        """Step 2: bool ``[num_experts]``, `union` and the experts that rows demand most."""
+        if len(self.rank) == 0:
+            return union
+        wanted = torch.where(rules.reroutes, rules["max_active"], 0)  # [num_tokens]
+        demand = torch.where((wanted > 0)[:, None], self._demand(rules["exponent"]), 0).sum(dim=0)
+        order = demand.argsort(descending=True, stable=True)  # ties to the lower id
+        return union | ((demand > 0) & (order.argsort() < wanted.amax()))
+
+    def _demand(self, exponent: Tensor) -> Tensor:
+        """int64 ``[num_tokens, num_experts]``, quanta; at least 1 for an expert with any gate."""
+        gates = self.gates.gather(1, self.base)
+        share = (gates / gates.sum(dim=1, keepdim=True)).clamp(max=1)
+        exponent = exponent[:, None]
+        utility = torch.where(exponent == 2, share * share, torch.where(exponent == 1, share, 1.0))
+        quanta = (utility / QUANTUM + 0.5).nan_to_num(nan=0.0).long().clamp(min=1)
+        quanta = torch.where(share > 0, quanta, 0)
+        return torch.zeros_like(self.rank).scatter_(1, self.base, quanta)
+
+    def keep_base(self, rules: _Rules, union: Tensor) -> Tensor:
+        """bool ``[num_tokens]``: rows whose whole choice is loaded, and that nothing cuts."""
+        is_cut = torch.minimum(rules["k_max"], rules["max_rank"]) < self.top_k
+        is_loaded = (self.chosen & union).sum(dim=1) == self.top_k
+        return is_loaded & (rules.moves | ~is_cut)
+
+    def settle(self, rules: _Rules, union: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps 3 and 4: experts and weights of every row, ``[num_tokens, top_k]`` each."""
+        taken = self._take(rules, union)
+        ids, is_filled = fill_slots(taken, self.rank, self.order, self.top_k)
+        weights = self._weigh(rules, taken, ids, is_filled)
+        has_weight = (taken & (self.gates > 0)).any(dim=1, keepdim=True)
+        own = rules.moves[:, None] | ~has_weight
+        moved_ids, moved_weights = self._move(rules, union)
+        return torch.where(own, moved_ids, ids), torch.where(own, moved_weights, weights)
+
+    def _take(self, rules: _Rules, union: Tensor) -> Tensor:
+        """bool ``[num_tokens, num_experts]``: the best of the union, required experts first."""
+        required = self.required(rules)
+        usable = required | (union & (self.rank < rules["max_rank"][:, None]))
+        usable = usable.gather(1, self.order)  # in preference order
+        limit = rules["k_max"].clamp(max=self.top_k)[:, None]
+        kept = usable & (usable.cumsum(dim=1) <= limit)
+        return kept.gather(1, self.rank) | required
+
+    def _weigh(self, rules: _Rules, taken: Tensor, ids: Tensor, is_filled: Tensor) -> Tensor:
+        """Weights of what was taken, what was lost accounted for."""
+        gates = torch.where(is_filled, self.gates.gather(1, ids), 0.0)
+        own = self.topk_weights.sum(dim=1, keepdim=True)
+        base = self.gates.gather(1, self.base)
+        kept = torch.where(taken.gather(1, self.base), base, 0.0).sum(dim=1, keepdim=True)
+        total = base.sum(dim=1, keepdim=True)
+        kept = torch.where(total > 0, kept / total, 1.0)
+        wanted = own * (kept + rules["compensation"][:, None] * (1 - kept))
+        wanted = torch.where(rules.compensates[:, None], wanted, own)
+        rescaled = gates / gates.sum(dim=1, keepdim=True) * wanted
+        if not self.renormalize:
+            rescaled = torch.where(rules.compensates[:, None], rescaled, gates * self.scale)
+        return self._map(rules, ids, is_filled, rescaled)
+
+    def _map(self, rules: _Rules, ids: Tensor, is_filled: Tensor, weights: Tensor) -> Tensor:
+        """`weights`, with the row's share of its own weights on their experts' stand-ins."""
+        if len(self.similarity) == 0:
+            return weights
+        share = rules["mapped_share"][:, None]
+        own = members(torch.where(is_filled, ids, -1), self.rank.shape[1])
+        artifact = rules["artifact"].long()[:, None]
+        likeness = self.similarity[artifact, self.topk_ids]  # [num_tokens, top_k, num_experts]
+        nearest = torch.where(own[:, None], likeness, -torch.inf).argmax(dim=2)
+        target = torch.where(own.gather(1, self.topk_ids), self.topk_ids, nearest)
+        mapped = torch.zeros_like(self.gates).scatter_add_(1, target, self.topk_weights)
+        mapped = torch.where(is_filled, mapped.gather(1, ids), 0.0)
+        return torch.where(share > 0, weights * (1 - share) + mapped * share, weights)
+
+    def _move(self, rules: _Rules, union: Tensor) -> tuple[Tensor, Tensor]:
+        """The row's own slots; under a threshold those without a home move to stand-ins.
+
+        SERE, arXiv 2602.07616.
+        """
+        if len(self.similarity) == 0:
+            return self.topk_ids, self.topk_weights
+        loaded = torch.where(union, self.similarity, -torch.inf)  # [num_matrices, N, N]
+        nearest = loaded.argmax(dim=2)  # first maximum: ties to the lowest id
+        likeness = loaded.gather(2, nearest[:, :, None])[:, :, 0]  # [num_matrices, N]
+
+        ids, artifact = self.topk_ids, rules["artifact"].long()[:, None]
+        is_critical = likeness[artifact, ids] < rules["threshold"][:, None]
+        moves = rules.moves[:, None] & ~(union[ids] | is_critical)
+        stand_ins = nearest[artifact, ids]
+        has_coefficients = rules.has_coefficients[:, None]
+        following = torch.where(has_coefficients, artifact + 1, 0)
+        factor = torch.where(
+            has_coefficients,
+            self.similarity[following, ids, stand_ins],
+            rules["compensation"][:, None],
+        )
+        weights = torch.where(moves, self.topk_weights * factor, self.topk_weights)
+        return torch.where(moves, stand_ins, ids), weights
 
 
 def _preference(scores: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,15 +330,6 @@ def _merge(ids: Tensor, weights: Tensor, free_slots: FreeSlots) -> tuple[Tensor,
     is_free = same.tril(diagonal=-1).any(dim=2)
     free_id = FREE if free_slots is FreeSlots.IGNORED else ids[:, :1]
     return torch.where(is_free, free_id, ids), torch.where(is_free, 0.0, weights)
-
-
-def _look_up(table: PolicyTable, policy_ids: Tensor, live: Tensor) -> tuple[Tensor, Parameters]:
-    """Kind and parameters of every row, given how many rows are live."""
-    policy = torch.where(live, policy_ids, 0).long()
-    step = torch.bucketize(live.sum(), table.starts, right=True)
-    step = step.expand_as(policy)  # a 0-dimensional index would be read on the host
-    kind = table.kind[policy, step]
-    return kind, {name: values[policy, step] for name, values in table.parameters.items()}
 
 
 def members(ids: Tensor, num_experts: int) -> Tensor:

@@ -8,10 +8,12 @@ from importlib.metadata import EntryPoint, entry_points
 from ..errors import PolicyError
 from .base import Policy
 from .budget import Budget
+from .lynx import Lynx
 from .oea import OEA
 from .sere import SERE
 from .topk import TopK
 from .vanilla import Vanilla
+from .xshare import XShare
 
 ENTRY_POINT_GROUP = "sglang_moe_routing.policies"
 
@@ -62,10 +64,13 @@ class PolicyRegistry:
         return [self._kinds[kind] for kind in self]
 
 
+BUILTIN: tuple[type[Policy], ...] = (Vanilla, TopK, OEA, SERE, Budget, XShare, Lynx)
+
+
 def builtin_registry() -> PolicyRegistry:
     """A new registry with the built-in kinds."""
     registry = PolicyRegistry()
-    for policy in (Vanilla, TopK, OEA, SERE, Budget):
+    for policy in BUILTIN:
         registry.register(policy)
     return registry
 

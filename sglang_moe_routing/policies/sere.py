@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field
 
-from .base import Count, Parameters, Policy, Rows, Schedule, Similarity, SimilaritySchedule
+from .base import Policy, exceeds_top_k
+from .rule import Place, Rule
+from .schedule import Count, Similarity, SimilaritySchedule
 
 
 class SERE(Policy):
@@ -25,6 +25,9 @@ class SERE(Policy):
     """Experts that each token keeps whatever happens (S in the paper)."""
     threshold: Similarity = SimilaritySchedule(default=0.0)
     """Similarity below which an expert is critical and stays (rho in the paper)."""
+    compensation: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Factor on the weight of every slot that moves. If absent: the coefficients of the artifact
+    where its metric has some (`least_squares`), else 1, as in the paper."""
     similarity: str | None = None
     """Which artifact of the top-level `similarity` section; may be left out if there is one."""
 
@@ -32,30 +35,13 @@ class SERE(Policy):
     def uses_similarity(self) -> bool:
         return True
 
-    def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
-        return {"num_primary": self.num_primary, "threshold": self.threshold}
-
-    def is_vanilla(self, layer: int, num_rows: int, top_k: int) -> bool:
-        return self.num_primary.value(layer, num_rows) >= top_k
+    def rule(self, place: Place) -> Rule:
+        at = (place.layer, place.live_rows)
+        return Rule(
+            k0=self.num_primary.value(*at),
+            threshold=self.threshold.value(*at),
+            compensation=self.compensation,
+        )
 
     def check(self, top_k: int, num_experts: int) -> list[str]:
-        worst = max(self.num_primary.values())
-        if worst > top_k:
-            return [f"num_primary: {worst} exceeds the model's top_k of {top_k}"]
-        return []
-
-    @classmethod
-    def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
-        return rows.rank < parameters["num_primary"][:, None]
-
-    @classmethod
-    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
-        loaded = torch.where(union, rows.similarity, -torch.inf)  # [artifacts, N, N]
-        nearest = loaded.argmax(dim=2)  # first maximum: ties to the lowest id
-        likeness = loaded.gather(2, nearest[:, :, None])[:, :, 0]  # [artifacts, N]
-
-        ids, artifact = rows.topk_ids, parameters["artifact"].long()[:, None]
-        is_primary = rows.rank.gather(1, ids) < parameters["num_primary"][:, None]
-        is_critical = likeness[artifact, ids] < parameters["threshold"][:, None]
-        stays = is_primary | union[ids] | is_critical
-        return torch.where(stays, ids, nearest[artifact, ids]), rows.topk_weights
+        return exceeds_top_k("num_primary", max(self.num_primary.values()), top_k)

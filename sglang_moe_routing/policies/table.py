@@ -1,39 +1,106 @@
-"""Named policies compiled to small tensors, so that one pass serves any mix of rows."""
+"""Named policies as small tensors, which the reference and the kernels read alike."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntFlag
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PolicyError
-from .base import Policy, Schedule
-from .vanilla import Vanilla
+from .base import Policy
+from .rule import UNLIMITED, Place, Rule
+from .schedule import MAX_ROWS
+from .torch_policy import TorchPolicy
 
-ARTIFACT = "artifact"
-"""Parameter that says which similarity matrix a row uses."""
+Number = int | float
+
+
+class Flag(IntFlag):
+    """Bits of the first word: ``Flag`` in ``csrc/include/moe_routing/call.h``."""
+
+    REROUTES = 1
+    """Without it a row is vanilla, and no other word counts."""
+    MOVES = 2
+    """Slots move to stand-ins; else the row takes experts in its own order."""
+    COMPENSATES = 4
+    """The rule gives a compensation; else the model's weights count."""
+    HAS_COEFFICIENTS = 8
+    """A moved slot is weighed by the matrix that follows the row's artifact."""
+
+
+WORDS = (
+    "flags",
+    "k0",
+    "p",
+    "k_max",
+    "max_rank",
+    "threshold",
+    "artifact",
+    "start",
+    "max_active",
+    "exponent",
+    "mapped_share",
+    "compensation",
+)
+"""The 32-bit words of one policy at one step: ``Policy`` in ``csrc/include/moe_routing/call.h``."""
+
+FLOATS = frozenset(("p", "threshold", "mapped_share", "compensation"))
+_START = WORDS.index("start")
 
 
 @dataclass(frozen=True)
 class PolicyTable:
     """What every policy does on one layer, for every number of live rows.
 
+    Kernels read these tensors at every call, so a reload only has to rewrite their contents, also
+    where captured graphs hold their addresses.
+
     Attributes:
-        kinds: the policy classes that occur; index 0 is `Vanilla`.
-        starts: int64 ``[num_steps - 1]``, ascending: column ``i`` of the tables holds from
-            ``starts[i - 1]`` live rows on, column 0 below the first start.
-        kind: int64 ``[num_policies, num_steps]``, index into `kinds`.
-        parameters: name -> float32 or int64 ``[num_policies, num_steps]``.
-        similarity: float32 ``[num_artifacts, num_experts, num_experts]``, possibly 0 artifacts.
+        words: int32 ``[num_policies, num_steps, len(WORDS)]``; floats by their bits. Step ``i``
+            holds from its start on, in live rows; step 0 starts at 0.
+        similarity: float32 ``[num_matrices, num_experts, num_experts]``, possibly 0 matrices. The
+            coefficients of an artifact that has some follow its similarities.
+        layer: the model's layer number.
+        torch_policies: those that the kernels cannot run, by policy id.
     """
 
-    kinds: tuple[type[Policy], ...]
-    starts: Tensor
-    kind: Tensor
-    parameters: Mapping[str, Tensor]
+    words: Tensor
     similarity: Tensor
+    layer: int = 0
+    torch_policies: Mapping[int, TorchPolicy] = field(default_factory=dict)
+
+    def column(self, name: str) -> Tensor:
+        """``[num_policies, num_steps]``, the word `name` of every policy and step."""
+        words = self.words[..., WORDS.index(name)]
+        return words.view(torch.float32) if name in FLOATS else words
+
+    @property
+    def capacity(self) -> Capacity:
+        num_policies, num_steps, _ = self.words.shape
+        return Capacity(num_policies, num_steps, self.similarity.shape[0])
+
+    def to(self, device: torch.device | str) -> PolicyTable:
+        return replace(
+            self, words=self.words.to(device), similarity=self.similarity.to(device).contiguous()
+        )
+
+    def rewrite(self, other: PolicyTable) -> None:
+        """Take over the contents of a table with the same capacity."""
+        self.words.copy_(other.words)
+        self.similarity.copy_(other.similarity)
+
+
+class Capacity(NamedTuple):
+    """How much a table holds."""
+
+    policies: int
+    steps: int
+    matrices: int
 
 
 def build_table(
@@ -43,48 +110,87 @@ def build_table(
     top_k: int,
     num_experts: int,
     similarity: Mapping[str, Tensor] | None = None,
+    coefficients: Mapping[str, Tensor] | None = None,
     artifacts: Sequence[str | None] | None = None,
     device: torch.device | str = "cpu",
 ) -> PolicyTable:
-    """Compile `policies` for one layer; a row's policy id is an index into them.
+    """Lay `policies` out for one layer on the host; then the table goes to `device`.
+
+    A row's policy id is an index into them.
 
     Args:
-        similarity: artifact name -> ``[num_experts, num_experts]`` matrix of this layer.
-        artifacts: for each policy the artifact that it uses, or None.
+        similarity: artifact name -> float ``[num_experts, num_experts]`` matrix of this layer.
+        coefficients: artifact name -> matrix of the same shape, for artifacts that have one.
+        artifacts: artifact name per policy; None for policies that use none.
 
     Raises:
-        PolicyError: a policy does not fit the router, or names an artifact that is not given.
+        PolicyError: a policy does not fit the layer or lacks its artifact, or its rule changes
+            between its steps.
     """
-    similarity = similarity or {}
+    similarity, coefficients = similarity or {}, coefficients or {}
     artifacts = artifacts or [None] * len(policies)
-    for policy, artifact in zip(policies, artifacts, strict=True):
+    matrices, places = _stack(similarity, coefficients)
+    starts = [0, *sorted({start for policy in policies for start in policy.starts()})]
+    words = torch.zeros(len(policies), len(starts), len(WORDS), dtype=torch.int32)
+    floats = words.view(torch.float32)
+    for row, (policy, artifact) in enumerate(zip(policies, artifacts, strict=True)):
         _check(policy, artifact, similarity, top_k, num_experts)
-    changes = sorted({start for policy in policies for start in starts(policy)})
-    steps = [0, *changes]  # one number of live rows for each column
-    others: dict[type[Policy], None] = dict.fromkeys(map(type, policies))
-    others.pop(Vanilla, None)
-    kinds: tuple[type[Policy], ...] = (Vanilla, *others)
-
-    kind = torch.zeros(len(policies), len(steps), dtype=torch.int64)
-    for row, policy in enumerate(policies):
-        for column, n in enumerate(steps):
-            if policy.engage.covers(layer, n) and not policy.is_vanilla(layer, n, top_k):
-                kind[row, column] = kinds.index(type(policy))
-    parameters = _parameters(policies, layer, steps)
-    names = list(similarity)
-    parameters[ARTIFACT] = torch.tensor(
-        [[names.index(a) if a else 0] * len(steps) for a in artifacts], dtype=torch.int64
-    )
-    matrices = [similarity[name].float() for name in names]
+        for step, start in enumerate(starts):
+            place = Place(layer, start, top_k, num_experts)
+            if policy.is_vanilla(place):
+                continue
+            rule = policy.rule(place)
+            _check_artifact(rule, policy)
+            flags = _flags(rule, artifact in coefficients)
+            numbers = _numbers(rule, flags, places.get(artifact or "", 0))
+            for word, name in enumerate(WORDS):
+                if name in numbers:
+                    to = floats if name in FLOATS else words
+                    to[row, step, word] = numbers[name]
+        _check_steps(policy, starts, layer, top_k, num_experts)
+    words[..., _START] = torch.tensor(starts, dtype=torch.int32)
     return PolicyTable(
-        kinds=kinds,
-        starts=torch.tensor(changes, dtype=torch.int64, device=device),
-        kind=kind.to(device),
-        parameters={name: values.to(device) for name, values in parameters.items()},
-        similarity=(
-            torch.stack(matrices) if matrices else torch.zeros(0, num_experts, num_experts)
-        ).to(device),
-    )
+        words=words,
+        similarity=torch.stack(matrices) if matrices else torch.zeros(0, num_experts, num_experts),
+        layer=layer,
+        torch_policies={i: p for i, p in enumerate(policies) if isinstance(p, TorchPolicy)},
+    ).to(device)
+
+
+def _stack(
+    similarity: Mapping[str, Tensor], coefficients: Mapping[str, Tensor]
+) -> tuple[list[Tensor], dict[str, int]]:
+    """All matrices, float32, and where each artifact's are."""
+    matrices: list[Tensor] = []
+    places = {}
+    for name, matrix in similarity.items():
+        places[name] = len(matrices)
+        matrices.append(matrix.float())
+        if name in coefficients:
+            matrices.append(coefficients[name].float())
+    return matrices, places
+
+
+def _flags(rule: Rule, has_coefficients: bool) -> Flag:
+    flags = Flag.REROUTES
+    if rule.moves:
+        flags |= Flag.MOVES
+    if rule.compensation is not None:
+        flags |= Flag.COMPENSATES
+    elif rule.moves and has_coefficients:
+        flags |= Flag.HAS_COEFFICIENTS
+    return flags
+
+
+def _numbers(rule: Rule, flags: Flag, artifact: int) -> dict[str, Number]:
+    lowest = torch.finfo(torch.float32).min  # a threshold stays finite in 32 bits
+    return {
+        **rule.model_dump(exclude_none=True),
+        "threshold": min(max(rule.threshold or 0.0, lowest), -lowest),
+        "flags": int(flags),
+        "artifact": artifact,
+        "compensation": 1.0 if rule.compensation is None else rule.compensation,
+    }
 
 
 def _check(
@@ -95,8 +201,6 @@ def _check(
     num_experts: int,
 ) -> None:
     problems = policy.check(top_k, num_experts)
-    if ARTIFACT in policy.parameters():
-        problems.append(f"parameter name {ARTIFACT!r} is reserved")
     if policy.uses_similarity and artifact not in similarity:
         known = ", ".join(similarity) or "none"
         problems.append(f"similarity: no artifact {artifact!r} for this layer; known: {known}")
@@ -104,28 +208,51 @@ def _check(
         raise PolicyError("; ".join(problems))
 
 
-def starts(policy: Policy) -> set[int]:
-    """Numbers of live rows from which `policy` behaves differently."""
-    found = {policy.engage.min_rows}
-    if policy.engage.max_rows is not None:
-        found.add(policy.engage.max_rows + 1)
-    for _, schedule in policy.schedules():
-        found.update(schedule.rows)
-    return found
+def _check_artifact(rule: Rule, policy: Policy) -> None:
+    if rule.uses_similarity and not policy.uses_similarity:
+        raise PolicyError(
+            f"kind {policy.kind}: its rule uses similarity (threshold or mapped_share), but its "
+            "uses_similarity is False, so that no artifact is loaded for it"
+        )
 
 
-def _parameters(policies: Sequence[Policy], layer: int, steps: Sequence[int]) -> dict[str, Tensor]:
-    names = dict.fromkeys(name for policy in policies for name in policy.parameters())
-    tensors = {}
-    for name in names:
-        rows = [
-            [_value(policy.parameters().get(name, 0), layer, n) for n in steps]
-            for policy in policies
-        ]
-        is_float = any(isinstance(value, float) for row in rows for value in row)
-        tensors[name] = torch.tensor(rows, dtype=torch.float32 if is_float else torch.int64)
-    return tensors
+def _check_steps(
+    policy: Policy, starts: Sequence[int], layer: int, top_k: int, num_experts: int
+) -> None:
+    """Hold a policy to its steps: a rule that changes between two would be served as it began."""
+    for start, end in pairwise([*starts, MAX_ROWS + 1]):
+        first, *others = (
+            Place(layer, n, top_k, num_experts) for n in _probes(max(start, 1), end - 1)
+        )
+        for place in others:
+            if policy.rule(place) != policy.rule(first):
+                raise PolicyError(
+                    f"kind {policy.kind}: its rule at {place.live_rows} live rows is not that at "
+                    f"{first.live_rows}; add every number of rows at which it changes to `steps`"
+                )
 
 
-def _value(value: Schedule[int] | Schedule[float] | float, layer: int, num_rows: int) -> float:
-    return value.value(layer, num_rows) if isinstance(value, Schedule) else value
+def _probes(first: int, last: int) -> Iterator[int]:
+    yield first
+    for probe in (first + 1, (first + last) // 2, last):
+        if first < probe <= last:
+            yield probe
+
+
+def with_capacity(table: PolicyTable, capacity: Capacity) -> PolicyTable:
+    """Pad `table`: further policies are vanilla, further steps are never reached.
+
+    Raises:
+        PolicyError: the table needs more than `capacity`; the message says of what.
+    """
+    spare = Capacity(*(has - needed for has, needed in zip(capacity, table.capacity, strict=True)))
+    for what, has, left in zip(Capacity._fields, capacity, spare, strict=True):
+        if left < 0:
+            raise PolicyError(f"needs room for {has - left} {what}, there is room for {has}")
+    never = table.words[:, -1:].clone()
+    never[..., _START] = UNLIMITED
+    words = torch.cat([table.words, never.expand(-1, spare.steps, -1)], dim=1)
+    words = nn.functional.pad(words, (0, 0, 0, 0, 0, spare.policies))
+    words[..., _START] = words[:1, :, _START]  # the same for all policies
+    similarity = nn.functional.pad(table.similarity, (0, 0, 0, 0, 0, spare.matrices))
+    return replace(table, words=words.contiguous(), similarity=similarity.contiguous())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
+from .base import exceeds_top_k
+from .rule import Place, Rule
+from .schedule import Count
+from .weights import Compensated
 
-from .base import Count, Parameters, Policy, Rows, Schedule
 
-
-class TopK(Policy):
+class TopK(Compensated):
     """Each token keeps its best `k0` experts and nothing else; weights are renormalised.
 
     The honest baseline of batch-aware policies (OEA, arXiv 2511.02237, "pruned"). It is the only
@@ -22,20 +22,9 @@ class TopK(Policy):
     k0: Count
     """Experts that each token keeps."""
 
-    def parameters(self) -> Mapping[str, Schedule[int] | Schedule[float] | int | float]:
-        return {"k0": self.k0}
-
-    def is_vanilla(self, layer: int, num_rows: int, top_k: int) -> bool:
-        return self.k0.value(layer, num_rows) >= top_k
+    def rule(self, place: Place) -> Rule:
+        k0 = self.k0.value(place.layer, place.live_rows)
+        return Rule(k0=k0, k_max=k0, compensation=self.compensation)
 
     def check(self, top_k: int, num_experts: int) -> list[str]:
-        worst = max(self.k0.values())
-        return [f"k0: {worst} exceeds the model's top_k of {top_k}"] if worst > top_k else []
-
-    @classmethod
-    def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
-        return rows.rank < parameters["k0"][:, None]
-
-    @classmethod
-    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.take(rows.rank < parameters["k0"][:, None])
+        return exceeds_top_k("k0", max(self.k0.values()), top_k)

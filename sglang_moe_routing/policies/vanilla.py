@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal, Self
 
 from pydantic import model_validator
-from torch import Tensor
 
-from .base import Engagement, Parameters, Policy, Rows
+from .base import Engagement, Policy
+from .rule import VANILLA, Place, Rule
 
 
 class Vanilla(Policy):
@@ -21,10 +21,5 @@ class Vanilla(Policy):
             raise ValueError("engage: has no effect, because vanilla never re-routes; leave it out")
         return self
 
-    @classmethod
-    def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
-        return rows.chosen
-
-    @classmethod
-    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
-        return rows.topk_ids, rows.topk_weights
+    def rule(self, place: Place) -> Rule:
+        return VANILLA

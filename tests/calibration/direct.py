@@ -123,12 +123,44 @@ def joint(layer: Layer) -> Tensor:
     return torch.where(is_used[:, None], similarity, routed(layer))
 
 
+def least_squares(layer: Layer) -> Tensor:
+    """The part of u's weighted outputs that is gone after the best multiple of v's, if any."""
+
+    def explained(u: Tensor, v: Tensor) -> Tensor:
+        best = ((u @ v) / (v @ v)).clamp_min(0)
+        return 1 - (u - best * v).square().sum() / u.square().sum()
+
+    return _fits(layer, explained)
+
+
+def least_squares_coefficients(layer: Layer) -> Tensor:
+    return _fits(layer, lambda u, v: ((u @ v) / (v @ v)).clamp(0, 1))
+
+
+def _fits(layer: Layer, fit: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of u and each v: outputs on u's tokens times u's weights, in one vector."""
+    num_experts = len(layer.outputs)
+    found = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    for u in range(num_experts):
+        weights = layer.weights[:, u]
+        if float(weights.abs().sum()) == 0:
+            weights = torch.ones_like(weights)
+        scaled = (weights[:, None] * layer.outputs).flatten(1)
+        for v in range(num_experts):
+            found[u, v] = fit(scaled[u], scaled[v])
+    return found
+
+
 METRICS: Mapping[str, Callable[[Layer], Tensor]] = {
     "frobenius": frobenius,
     "cosine": cosine,
     "cka": cka,
     "routed": routed,
     "joint": joint,
+    "least_squares": least_squares,
+}
+COEFFICIENTS: Mapping[str, Callable[[Layer], Tensor]] = {
+    "least_squares": least_squares_coefficients
 }
 
 

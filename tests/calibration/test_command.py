@@ -38,6 +38,9 @@ def test_every_metric_is_written_and_described(tiny: Tiny, tmp_path: Path, metri
     assert summary["layers"] == artifact.layers == [0, 1, 2]
     assert summary["details"] == artifact.details
     assert set(summary["seconds"]) == {"0", "1", "2"}
+    assert sorted(artifact.coefficients) == (
+        artifact.layers if METRICS[metric].has_coefficients else []
+    )
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 

@@ -43,6 +43,9 @@ def test_artifacts_equal_the_direct_computation(
     assert artifact.layers == sorted(expected) == make_tiny_models.moe_layers(folder)
     for layer in artifact.layers:
         assert_close(artifact.matrices[layer], direct.METRICS[metric](expected[layer]))
+    assert bool(artifact.coefficients) == (metric in direct.COEFFICIENTS)
+    for layer, found in artifact.coefficients.items():
+        assert_close(found, direct.COEFFICIENTS[metric](expected[layer]))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -57,6 +60,8 @@ def test_small_blocks_of_tokens_give_the_same(
     calibration(folder, cut, metric).run()
     for layer, matrix in load_artifact(whole).matrices.items():
         assert_close(load_artifact(cut).matrices[layer], matrix)
+    for layer, matrix in load_artifact(whole).coefficients.items():
+        assert_close(load_artifact(cut).coefficients[layer], matrix)
 
 
 @pytest.mark.parametrize("metric", ["weights", "router"])
@@ -113,3 +118,6 @@ def test_weights_do_not_depend_on_the_order_of_neurons(tiny: Tiny, tmp_path: Pat
 
 def test_every_metric_that_can_be_stored_can_be_computed() -> None:
     assert set(METRICS) == set(STORED)
+    assert set(direct.COEFFICIENTS) == {
+        m for m, stored in STORED.items() if stored.has_coefficients
+    }

@@ -49,6 +49,9 @@ def test_artifacts_equal_the_direct_computation(folder: Path, metric: str) -> No
     for layer in artifact.layers:
         matrix = direct.METRICS[metric](expected[layer])
         torch.testing.assert_close(artifact.matrices[layer].double(), matrix, rtol=0, atol=1e-5)
+    for layer, found in artifact.coefficients.items():
+        matrix = direct.COEFFICIENTS[metric](expected[layer])
+        torch.testing.assert_close(found.double(), matrix, rtol=0, atol=1e-5)
 
 
 def test_more_experts_than_hidden_values_cannot_be_probed(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_moe_routing.artifacts import load_artifact
+from sglang_moe_routing.calibration.metrics import METRICS
 from sglang_moe_routing.calibration.streaming import StreamedModel
 from sglang_moe_routing.checkpoint import fingerprint, read_headers
 from sglang_moe_routing.errors import CalibrationError, CheckpointError
@@ -41,7 +42,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "similarity.safetensors"
 
 
-@pytest.mark.parametrize("metric", ["routed", "weights"])
+@pytest.mark.parametrize("metric", ["routed", "least_squares", "weights"])
 def test_an_interrupted_run_goes_on_where_it_was(tiny: Tiny, out: Path, metric: str) -> None:
     """Finished layers are not run again, and the artifact is that of a run without a break."""
     folder = tiny("deepseek_v3")
@@ -57,6 +58,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny: Tiny, out: Path, metric: 
     assert list(second.timings) == [2]
     for layer, matrix in load_artifact(whole).matrices.items():
         assert torch.equal(load_artifact(out).matrices[layer], matrix)
+    for layer, matrix in load_artifact(whole).coefficients.items():
+        assert torch.equal(load_artifact(out).coefficients[layer], matrix)
     assert not out.with_name(f"{out.name}.partial").exists()
 
 
@@ -144,11 +147,12 @@ def test_the_artifact_says_where_it_comes_from(tiny: Tiny, out: Path) -> None:
     assert set(details["versions"]) == {"sglang-moe-routing", "torch", "transformers"}
 
 
+@pytest.mark.parametrize("metric", ["routed", "least_squares"])
 def test_experts_without_a_token_are_named_and_measured_on_all_tokens(
-    tiny: Tiny, out: Path
+    tiny: Tiny, out: Path, metric: str
 ) -> None:
     """A handful of tokens cannot reach 16 experts with 4 each."""
-    calibration(tiny("qwen2_moe"), out, "routed", random_text(1, 2)).run()
+    calibration(tiny("qwen2_moe"), out, metric, random_text(1, 2)).run()
     artifact = load_artifact(out)
     for layer in artifact.layers:
         unused = artifact.details["layers"][str(layer)]["experts_without_tokens"]
@@ -179,19 +183,21 @@ def changed(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor
     [
         *(
             (metric, "mlp.experts.5.down_proj.weight", "model.layers.1.mlp.experts.down_proj")
-            for metric in ("frobenius", "cosine", "cka", "routed", "joint", "weights")
+            for metric in METRICS
+            if metric != "router"
         ),
         ("router", "mlp.gate.weight", "model.layers.1.mlp.gate.weight"),
         ("cosine", "self_attn.q_proj.weight", "not a parameter, but what it is given"),
     ],
 )
-def test_nan_weights_are_named(
-    tiny: Tiny, tmp_path: Path, out: Path, metric: str, name: str, reported: str
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_are_named(
+    tiny: Tiny, tmp_path: Path, out: Path, metric: str, name: str, reported: str, value: float
 ) -> None:
     def damage(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"model.layers.1.{name}"][3, 4] = torch.nan
+        tensors[f"model.layers.1.{name}"][3, 4] = value
 
-    folder = changed(tiny("qwen3_moe"), tmp_path / "nan", damage)
+    folder = changed(tiny("qwen3_moe"), tmp_path / "damaged", damage)
     message = f"layer 1 has no similarity: {re.escape(reported)} has NaN or infinite values"
     with pytest.raises(CalibrationError, match=message):
         calibration(folder, out, metric).run()

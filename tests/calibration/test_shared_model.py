@@ -57,7 +57,7 @@ def test_frobenius_is_what_was_recorded(artifact: Path) -> None:
         torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("metric", ["frobenius", "routed"])
+@pytest.mark.parametrize("metric", ["frobenius", "routed", "least_squares"])
 def test_artifacts_equal_the_direct_computation(
     text: TokenizedText, tmp_path: Path, metric: str
 ) -> None:
@@ -66,8 +66,12 @@ def test_artifacts_equal_the_direct_computation(
     out = tmp_path / "similarity.safetensors"
     calibration(MODELS / "A", out, metric, few).run()
     expected = direct.run_whole_model(MODELS / "A", few.token_ids)
-    for layer, matrix in load_artifact(out).matrices.items():
+    artifact = load_artifact(out)
+    for layer, matrix in artifact.matrices.items():
         found = direct.METRICS[metric](expected[layer])
+        torch.testing.assert_close(matrix.double(), found, rtol=0, atol=1e-5)
+    for layer, matrix in artifact.coefficients.items():
+        found = direct.COEFFICIENTS[metric](expected[layer])
         torch.testing.assert_close(matrix.double(), found, rtol=0, atol=1e-5)
 
 

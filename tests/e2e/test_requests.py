@@ -319,7 +319,8 @@ def test_last_event_of_a_stream_says_the_policy(served: Running, path: str, usag
     ended = [choice["index"] for event in said for choice in event["choices"]]
     assert sorted(ended) == [0, 1]
     more = [choice for event in found if event not in said for choice in event["choices"]]
-    assert more and all(choice["finish_reason"] is None for choice in more)
+    assert more
+    assert all(choice["finish_reason"] is None for choice in more)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

@@ -24,6 +24,8 @@ def test_artifacts_are_those_of_the_cpu(family: str, metric: str, tmp_path: Path
     for device in ("cpu", "cuda"):
         out = tmp_path / f"{device}.safetensors"
         calibration(folder, out, metric, device=device).run()
-        made[device] = load_artifact(out).matrices
-    for layer, matrix in made["cpu"].items():
-        torch.testing.assert_close(made["cuda"][layer], matrix, rtol=0, atol=1e-4)
+        made[device] = load_artifact(out)
+    for name in ("matrices", "coefficients"):
+        expected, found = (getattr(made[device], name) for device in ("cpu", "cuda"))
+        for layer, matrix in expected.items():
+            torch.testing.assert_close(found[layer], matrix, rtol=0, atol=1e-4)

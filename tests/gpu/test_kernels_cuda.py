@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from sglang_moe_routing.kernels import KernelTable, compile_table, fused_out, refine_out, workspace
+from sglang_moe_routing.kernels import BoundLayer, workspace
 from sglang_moe_routing.policies import (
     OEA,
     PAD,
@@ -71,31 +73,38 @@ def specs_of(num_live: int) -> tuple[Spec, ...]:
 
 @dataclass
 class Buffers:
-    """Static inputs and outputs of a captured call."""
+    """Static tensors of a captured call, which writes into `topk_ids` and `topk_weights`."""
 
     logits: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
     policy_ids: Tensor
-    out: dict[str, Tensor]
+    union: Tensor
+    statistics: Tensor
 
     @classmethod
     def of(cls, num_rows: int, dtype: torch.dtype) -> Buffers:
         shape = (num_rows, TOP_K)
-        out = {
-            "out_ids": torch.empty(shape, dtype=torch.int32, device="cuda"),
-            "out_weights": torch.empty(shape, device="cuda"),
-            "out_union": torch.empty(NUM_EXPERTS, dtype=torch.bool, device="cuda"),
-            "statistics": torch.zeros(6, dtype=torch.int64, device="cuda"),
-            "workspace": workspace("cuda"),
-        }
         return cls(
             logits=torch.zeros(num_rows, NUM_EXPERTS, dtype=dtype, device="cuda"),
             topk_ids=torch.zeros(shape, dtype=torch.int32, device="cuda"),
             topk_weights=torch.zeros(shape, device="cuda"),
             policy_ids=torch.full((num_rows,), PAD, dtype=torch.int32, device="cuda"),
-            out=out,
+            union=torch.empty(NUM_EXPERTS, dtype=torch.bool, device="cuda"),
+            statistics=torch.zeros(1, 6, dtype=torch.int64, device="cuda"),
         )
+
+    def bind(self, table: PolicyTable, router: Router) -> Callable[[], None]:
+        layer = BoundLayer(
+            table,
+            router,
+            self.union,
+            top_k=TOP_K,
+            statistics=self.statistics,
+            workspace=workspace("cuda"),
+        )
+        choice = (self.topk_ids, self.topk_weights, self.policy_ids)
+        return partial(layer.reroute, self.logits, *choice, part=0)
 
     def fill(self, seed: int, router: Router) -> None:
         """New logits, the router's choice, new policies, and another number of live rows. With odd
@@ -148,12 +157,12 @@ class Buffers:
         )
 
     def check(self, expected: Rerouted) -> None:
-        assert torch.equal(self.out["out_ids"].cpu(), expected.topk_ids)
-        assert torch.equal(self.out["out_union"].cpu(), expected.union)
-        torch.testing.assert_close(self.out["out_weights"].cpu(), expected.topk_weights, **WEIGHTS)
+        assert torch.equal(self.topk_ids.cpu(), expected.topk_ids)
+        assert torch.equal(self.union.cpu(), expected.union)
+        torch.testing.assert_close(self.topk_weights.cpu(), expected.topk_weights, **WEIGHTS)
 
 
-def make_tables() -> tuple[PolicyTable, KernelTable]:
+def make_tables() -> tuple[PolicyTable, PolicyTable]:
     generator = torch.Generator().manual_seed(0)
     similarity = torch.rand(NUM_EXPERTS, NUM_EXPERTS, generator=generator)
     table = build_table(
@@ -164,33 +173,21 @@ def make_tables() -> tuple[PolicyTable, KernelTable]:
         similarity={"a": similarity},
         artifacts=ARTIFACTS,
     )
-    compiled = compile_table(table)
-    return table, KernelTable(compiled.policies.cuda(), compiled.similarity.cuda())
+    return table, table.to("cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 17, 65, 200, 1500])
-@pytest.mark.parametrize(
-    ("op", "name"),
-    [*(("refine", name) for name in ROUTERS), ("fused", "softmax"), ("fused", "sigmoid")],
-)
+@pytest.mark.parametrize("name", ROUTERS)
 def test_a_captured_call_follows_new_rows_and_policies(
-    op: str, num_rows: int, name: str, dtype: str
+    num_rows: int, name: str, dtype: str
 ) -> None:
     """Static buffers, new contents, no Python at replay; one launch and two."""
     router = ROUTERS[name]
     table, kernel_table = make_tables()
     buffers = Buffers.of(num_rows, DTYPES[dtype])
 
-    def call() -> None:
-        if op == "fused":
-            fused_out(buffers.logits, buffers.policy_ids, kernel_table, router, **buffers.out)
-        else:
-            choice = (buffers.topk_ids, buffers.topk_weights)
-            refine_out(
-                buffers.logits, *choice, buffers.policy_ids, kernel_table, router, **buffers.out
-            )
-
+    call = buffers.bind(kernel_table, router)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()  # loads the kernels, which a capture must not
@@ -198,18 +195,18 @@ def test_a_captured_call_follows_new_rows_and_policies(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    buffers.out["statistics"].zero_()
+    buffers.statistics.zero_()
     totals = torch.zeros(6, dtype=torch.int64)
     for seed in range(6):
         buffers.fill(seed, router)
+        expected = buffers.expected(table, router)
         graph.replay()
         torch.cuda.synchronize()
-        expected = buffers.expected(table, router)
         buffers.check(expected)
         num_live = (buffers.policy_ids != PAD).sum().cpu()
         counts = (expected.active, expected.active_base, expected.moved_slots, expected.critical)
         totals += torch.stack([(num_live > 0).long(), num_live, *counts])
-    assert buffers.out["statistics"].tolist() == totals.tolist()
+    assert buffers.statistics[0].tolist() == totals.tolist()
 
 
 def test_a_rewritten_table_takes_effect_without_a_new_capture() -> None:
@@ -219,14 +216,16 @@ def test_a_rewritten_table_takes_effect_without_a_new_capture() -> None:
     buffers = Buffers.of(16, torch.bfloat16)
     buffers.fill(3, router)
     buffers.policy_ids.fill_(1)
-    choice = (buffers.topk_ids, buffers.topk_weights, buffers.policy_ids)
-    refine_out(buffers.logits, *choice, kernel_table, router, **buffers.out)
+    call = buffers.bind(kernel_table, router)
+    call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        refine_out(buffers.logits, *choice, kernel_table, router, **buffers.out)
+        call()
     for kept in (3, 5, 1):
-        kernel_table.policies[1, :, 1] = kept
+        buffers.fill(3, router)
+        buffers.policy_ids.fill_(1)
+        kernel_table.words[1, :, 1] = kept
         graph.replay()
         torch.cuda.synchronize()
-        assert ((buffers.out["out_weights"] > 0).sum(dim=1) == kept).all()
+        assert ((buffers.topk_weights > 0).sum(dim=1) == kept).all()

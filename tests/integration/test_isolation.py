@@ -17,8 +17,8 @@ from sglang_moe_routing.artifacts import SimilarityArtifact
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.integration.attach import make_table
 from sglang_moe_routing.integration.runtime import Layer, Plan, Runtime
-from sglang_moe_routing.kernels import choose, compile_table
-from sglang_moe_routing.policies import FREE, FreeSlots, Router
+from sglang_moe_routing.kernels import choose
+from sglang_moe_routing.policies import FREE, FreeSlots, Router, Sizes
 
 NUM_EXPERTS, TOP_K, MAX_ROWS = 32, 4, 24
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def make_runtime(
         f"policies: {POLICIES}"
     )
     runtime = Runtime(load_config(path), {"a": ARTIFACT})
-    table = make_table(runtime.ids.table, 0, TOP_K, NUM_EXPERTS, CPU)
+    table = make_table(runtime.ids.table, 0, Sizes(TOP_K, NUM_EXPERTS))
     layer = Layer(
         layer_id=0,
         index=0,
@@ -63,7 +63,7 @@ def make_runtime(
         router=Router(),
         free_slots=free_slots,
         table=table,
-        kernel_table=compile_table(table) if implementation == "native" else None,
+        has_kernels=implementation == "native",
         union=torch.zeros(NUM_EXPERTS, dtype=torch.bool),
     )
     runtime.attach([layer], CPU, MAX_ROWS)

@@ -35,7 +35,6 @@ from sglang_moe_routing.integration.weights import (
     check_former,
     unknown,
 )
-from sglang_moe_routing.kernels import choose, compile_table
 from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
 
 SERE = "similar: {kind: sere, num_primary: 1}"
@@ -180,10 +179,9 @@ def test_weights_that_may_not_be_the_checkpoints_are_unknown(
 
 def test_a_layer_follows_a_bias_that_was_replaced() -> None:
     table = build_table([Vanilla()], layer=0, top_k=2, num_experts=4)
-    native = compile_table(table) if choose("cpu").is_native else None
     router = Router(scoring="sigmoid", bias=torch.zeros(4))
     union = torch.zeros(4, dtype=torch.bool)
-    layer = Layer(0, 0, 4, 2, router, FreeSlots.IGNORED, table, native, union)
+    layer = Layer(0, 0, 4, 2, router, FreeSlots.IGNORED, table, True, union)
     bias = torch.ones(4)
     layer.follow_bias(bias)
     assert layer.router.bias is bias

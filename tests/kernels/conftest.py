@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sglang_moe_routing import kernels
-from sglang_moe_routing.kernels import KernelTable, compile_table, native
+from sglang_moe_routing.kernels import native
 from sglang_moe_routing.policies import PAD, FreeSlots, PolicyTable, Rerouted, Router, reroute
 from tests.cases import Case, assert_close, policy_ids, table_of
 from tests.kernels import building
@@ -25,16 +25,14 @@ NUM_STATISTICS = 6
 
 @dataclass(frozen=True)
 class Call:
-    """One call as an implementation takes it. Without `gates` the scores are router logits;
-    without `topk_ids` the implementation makes the engine's choice too."""
+    """One call as an implementation takes it. Without `gates` the scores are router logits."""
 
     scores: Tensor
     policy_ids: Tensor
     table: PolicyTable
     router: Router
-    top_k: int
-    topk_ids: Tensor | None = None
-    topk_weights: Tensor | None = None
+    topk_ids: Tensor
+    topk_weights: Tensor
     gates: Tensor | None = None
     free_slots: FreeSlots = FreeSlots.IGNORED
     seed: int = 0
@@ -58,7 +56,6 @@ def call_of(case: Case, *, seed: int = 0, table: PolicyTable | None = None) -> C
         policy_ids=policy_ids(case, torch.int32),
         table=table_of(case) if table is None else table,
         router=Router(renormalize=case.renormalize, scale=case.scale),
-        top_k=case.top_k,
         topk_ids=case.topk_ids,
         topk_weights=case.topk_weights,
         gates=case.gates,
@@ -92,13 +89,11 @@ def engine_choice(
 
 
 def ask_reference(call: Call) -> Outcome:
-    """The plain-torch reference; where the call makes the engine's choice, made here first."""
+    """The plain-torch reference."""
     router, scores = call.router, call.scores.float()
     ids, weights, gates = call.topk_ids, call.topk_weights, call.gates
     if gates is None:
         scores, gates = router.score(scores, ids)
-    if ids is None or weights is None:
-        ids, weights = engine_choice(scores, gates, call.top_k, router)
     plan, renormalize, scale = call.policy_ids, router.renormalize, router.scale
     got = reroute(
         scores,
@@ -144,43 +139,57 @@ def assert_agrees(got: Outcome, expected: Outcome) -> None:
 
 
 class Compiled:
-    """The torch ops on one kind of device."""
+    """The compiled functions on one kind of device, which know of no outputs but the inputs."""
 
     def __init__(self, device: str) -> None:
         self.device = device
 
     def __call__(self, call: Call, *, out_gap: int = 0, in_place: bool = False) -> Outcome:
-        table = compile_table(call.table)
-        table = KernelTable(table.policies.to(self.device), table.similarity.to(self.device))
+        if out_gap:
+            call = replace(
+                call,
+                topk_ids=apart(call.topk_ids, out_gap),
+                topk_weights=apart(call.topk_weights, out_gap),
+            )
+        table = call.table.to(self.device)
         call = replace(call.laid_out(self.place), router=self.place_router(call.router))
-        statistics = torch.zeros(NUM_STATISTICS, dtype=torch.int64, device=self.device)
-        plan = call.policy_ids.to(self.device)
+        call = replace(call, policy_ids=call.policy_ids.to(self.device))
         if out_gap or in_place:
-            outputs = self._run_out(call, plan, table, statistics, out_gap, in_place)
-        elif call.topk_ids is None or call.topk_weights is None:
-            outputs = kernels.fused(
-                call.scores,
-                plan,
-                table,
-                call.router,
-                call.top_k,
-                statistics=statistics,
-                free_slots=call.free_slots,
-            )
-        else:
-            outputs = kernels.refine(
-                call.scores,
-                call.topk_ids,
-                call.topk_weights,
-                plan,
-                table,
-                call.router,
-                gates=call.gates,
-                statistics=statistics,
-                free_slots=call.free_slots,
-            )
+            return self._run_in_place(call, table)
+        statistics = torch.zeros(NUM_STATISTICS, dtype=torch.int64, device=self.device)
+        outputs = kernels.refine(
+            call.scores,
+            call.topk_ids,
+            call.topk_weights,
+            call.policy_ids,
+            table,
+            call.router,
+            gates=call.gates,
+            statistics=statistics,
+            free_slots=call.free_slots,
+        )
         ids, weights, union = (tensor.cpu() for tensor in outputs)
         return Outcome(ids, weights, union, statistics.tolist(), num_launches=0)
+
+    def _run_in_place(self, call: Call, table: PolicyTable) -> Outcome:
+        """As a server calls: all that does not change is bound to the layer before."""
+        ids, weights, router = call.topk_ids, call.topk_weights, call.router
+        union = torch.ones(call.scores.shape[1], dtype=torch.bool, device=self.device)
+        statistics = torch.zeros(3, NUM_STATISTICS, dtype=torch.int64, device=self.device)
+        layer = kernels.BoundLayer(
+            table,
+            router,
+            union,
+            top_k=ids.shape[1],
+            statistics=statistics,
+            workspace=kernels.workspace(self.device),
+            free_slots=call.free_slots,
+        )
+        layer.reroute(call.scores, ids, weights, call.policy_ids, router.bias, 1, call.gates)
+        assert_gaps_untouched(ids)
+        assert_gaps_untouched(weights)
+        assert not statistics[[0, 2]].any()
+        return Outcome(ids.cpu(), weights.cpu(), union.cpu(), statistics[1].tolist(), 0)
 
     def place(self, tensor: Tensor) -> Tensor:
         """A copy on the device with the strides of `tensor`."""
@@ -192,35 +201,6 @@ class Compiled:
 
     def place_router(self, router: Router) -> Router:
         return router if router.bias is None else replace(router, bias=router.bias.to(self.device))
-
-    def _run_out(
-        self,
-        call: Any,
-        plan: Tensor,
-        table: KernelTable,
-        statistics: Tensor,
-        out_gap: int,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        num_rows, num_experts = call.scores.shape
-        ids, weights = call.topk_ids, call.topk_weights
-        out_ids, out_weights = ids, weights
-        if not in_place:
-            types = (torch.int32, torch.float32) if ids is None else (ids.dtype, weights.dtype)
-            empty = (torch.empty(num_rows, call.top_k, dtype=dtype) for dtype in types)
-            out_ids, out_weights = (self.place(apart(tensor, out_gap)) for tensor in empty)
-        union = torch.ones(num_experts, dtype=torch.bool, device=self.device)
-        outputs = {"out_ids": out_ids, "out_weights": out_weights, "out_union": union}
-        outputs |= {"statistics": statistics, "workspace": kernels.workspace(self.device)}
-        outputs |= {"free_slots": call.free_slots}
-        if ids is None:
-            kernels.fused_out(call.scores, plan, table, call.router, **outputs)
-        else:
-            inputs = (call.scores, ids, weights, plan, table, call.router)
-            kernels.refine_out(*inputs, gates=call.gates, **outputs)
-        assert_gaps_untouched(out_ids)
-        assert_gaps_untouched(out_weights)
-        return out_ids, out_weights, union
 
 
 class Simulated:
@@ -237,12 +217,11 @@ class Simulated:
         return self.driver.run(
             call.scores,
             call.policy_ids,
-            compile_table(call.table),
-            top_k=call.top_k,
+            call.table,
+            call.topk_ids,
+            call.topk_weights,
             backend=self.backend,
             seed=call.seed,
-            topk_ids=call.topk_ids,
-            topk_weights=call.topk_weights,
             gates=call.gates,
             bias=None if is_given else router.bias,
             scoring="given" if is_given else router.scoring,

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_moe_routing.kernels import KernelTable
-from sglang_moe_routing.policies import FreeSlots
+from sglang_moe_routing.policies import FreeSlots, PolicyTable
 from tests.kernels import building
 
 HERE = Path(__file__).parent
@@ -72,13 +71,12 @@ class Driver:
         self,
         scores: Tensor,
         policy_ids: Tensor,
-        table: KernelTable,
+        table: PolicyTable,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
         *,
-        top_k: int,
         backend: str = "cuda",
         seed: int = 0,
-        topk_ids: Tensor | None = None,
-        topk_weights: Tensor | None = None,
         gates: Tensor | None = None,
         bias: Tensor | None = None,
         scoring: str = "softmax",
@@ -91,7 +89,7 @@ class Driver:
         out_gap: int = 0,
         in_place: bool = False,
     ) -> Outcome:
-        """One call. Tensors may have any row stride; absent `topk_ids` means the fused form.
+        """One call. Tensors may have any row stride.
 
         Args:
             counts: whether statistics are asked for.
@@ -103,11 +101,10 @@ class Driver:
                 the rows of the outputs was overwritten.
         """
         num_rows, num_experts = scores.shape
-        id_type = torch.int32 if topk_ids is None else topk_ids.dtype
-        weight_type = torch.float32 if topk_weights is None else topk_weights.dtype
-        num_policies, num_steps, _ = table.policies.shape
+        top_k = topk_ids.shape[1]
+        num_policies, num_steps, _ = table.words.shape
         header = struct.pack(
-            "=11if14i",
+            "=11if13i",
             BACKENDS.index(backend),
             seed,
             num_rows,
@@ -122,11 +119,10 @@ class Driver:
             scale,
             gates is not None,
             bias is not None,
-            topk_ids is not None,
-            id_type == torch.int64,
-            top_k if topk_ids is None else _stride(topk_ids),
-            _TYPES[weight_type],
-            top_k if topk_weights is None else _stride(topk_weights),
+            topk_ids.dtype == torch.int64,
+            _stride(topk_ids),
+            _TYPES[topk_weights.dtype],
+            _stride(topk_weights),
             num_policies,
             num_steps,
             table.similarity.shape[0],
@@ -140,24 +136,22 @@ class Driver:
             _bytes(scores),
             b"" if gates is None else _bytes(gates.float().contiguous()),
             b"" if bias is None else _bytes(bias[None].float()),
-            b"" if topk_ids is None else _bytes(topk_ids),
-            b"" if topk_weights is None else _bytes(topk_weights),
+            _bytes(topk_ids),
+            _bytes(topk_weights),
             _bytes(policy_ids[None].int()),
-            _bytes(table.policies.view(1, -1)),
+            _bytes(table.words.view(1, -1)),
             _bytes(table.similarity.reshape(1, -1)),
         ]
         id_gap = weight_gap = out_gap
         if in_place:
-            assert topk_ids is not None
-            assert topk_weights is not None
             id_gap, weight_gap = _stride(topk_ids) - top_k, _stride(topk_weights) - top_k
         with self._explained():
             assert self._process.stdin is not None
             self._process.stdin.write(b"".join(parts))
             self._process.stdin.flush()
             return Outcome(
-                topk_ids=self._receive_rows(id_type, num_rows, top_k, id_gap),
-                topk_weights=self._receive_rows(weight_type, num_rows, top_k, weight_gap),
+                topk_ids=self._receive_rows(topk_ids.dtype, num_rows, top_k, id_gap),
+                topk_weights=self._receive_rows(topk_weights.dtype, num_rows, top_k, weight_gap),
                 union=self._receive(torch.bool, (num_experts,)),
                 statistics=self._receive(torch.int64, (_NUM_STATISTICS,)).tolist(),
                 num_launches=int(self._receive(torch.int64, (1,)).item()),

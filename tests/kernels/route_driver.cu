@@ -30,7 +30,7 @@ struct Header {
   int32_t num_rows, num_experts, top_k;
   int32_t score_type, score_stride, scoring, num_groups, top_groups, renormalize;
   float scale;
-  int32_t has_gates, has_bias, has_choice, ids_are_wide, id_stride, weight_type, weight_stride;
+  int32_t has_gates, has_bias, ids_are_wide, id_stride, weight_type, weight_stride;
   int32_t num_policies, num_steps, num_artifacts, free_slots, counts;
   int32_t out_gap, in_place;
 };
@@ -87,8 +87,8 @@ void serve(const Header& h) {
   const size_t id_width = h.ids_are_wide ? 8 : 4;
   const size_t ids_size = id_width * extent(h.num_rows, h.top_k, h.id_stride);
   const size_t weights_size = width(h.weight_type) * extent(h.num_rows, h.top_k, h.weight_stride);
-  const Bytes ids = receive(h.has_choice ? ids_size : 0);
-  const Bytes weights = receive(h.has_choice ? weights_size : 0);
+  const Bytes ids = receive(ids_size);
+  const Bytes weights = receive(weights_size);
   const Bytes policy_ids = receive(4 * h.num_rows);
   const Bytes policies = receive(sizeof(Policy) * h.num_policies * h.num_steps);
   const Bytes similarity = receive(4ull * h.num_artifacts * h.num_experts * h.num_experts);
@@ -116,11 +116,8 @@ void serve(const Header& h) {
   call.renormalize = h.renormalize != 0;
   call.scale = h.scale;
   const FloatType weight_type = static_cast<FloatType>(h.weight_type);
-  call.chooses = h.has_choice == 0;
-  if (h.has_choice) {
-    call.topk_ids = {ids.get(), h.id_stride, h.ids_are_wide != 0};
-    call.topk_weights = {weights.get(), h.weight_stride, weight_type};
-  }
+  call.topk_ids = {ids.get(), h.id_stride, h.ids_are_wide != 0};
+  call.topk_weights = {weights.get(), h.weight_stride, weight_type};
   call.policy_ids = as<int32_t>(policy_ids);
   call.policies = as<Policy>(policies);
   call.num_policies = h.num_policies;

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_moe_routing.kernels import compile_table
 from sglang_moe_routing.policies import TopK, Vanilla, build_table
 from tests.kernels import building
 from tests.kernels.conftest import plain_driver
@@ -24,13 +23,15 @@ def test_one_launch_in_the_decode_range_and_two_beyond(
 ) -> None:
     """The number depends on the shape alone, whatever the rows follow."""
     policies = [Vanilla(), TopK.model_validate({"k0": 2})]
-    table = compile_table(build_table(policies, layer=0, top_k=4, num_experts=128))
+    table = build_table(policies, layer=0, top_k=4, num_experts=128)
     driver = Driver(plain_driver())
     try:
         for policy_id in (-1, 0, 1):
             policy_ids = torch.full((num_rows,), policy_id, dtype=torch.int32)
             scores = torch.randn(num_rows, 128).to(dtype)
-            outcome = driver.run(scores, policy_ids, table, top_k=4)
+            ids = torch.arange(4, dtype=torch.int32).expand(num_rows, 4).contiguous()
+            weights = torch.full((num_rows, 4), 0.25)
+            outcome = driver.run(scores, policy_ids, table, ids, weights)
             assert outcome.num_launches == num_launches
     finally:
         driver.close()

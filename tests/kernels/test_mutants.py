@@ -186,8 +186,8 @@ ORDER = {
 POLICIES = {
     "threshold_itself_is_critical": wrong(
         ROW,
-        "!(nearest.similarity < row.policy().threshold)",
-        "nearest.similarity > row.policy().threshold",
+        "nearest.similarity < row.policy().threshold",
+        "nearest.similarity <= row.policy().threshold",
     ),
     "one_rank_too_many": wrong(ROW, ") >= max_rank", ") > max_rank"),
     "one_rank_too_many_in_the_base": wrong(ROW, "t < max_rank", "t <= max_rank"),
@@ -210,10 +210,29 @@ POLICIES = {
         KERNELS, "if (call.free_slots == FreeSlots::ignored) return kFree;", "(void)call;"
     ),
     "rows_without_weight_stay_so": wrong(
-        ROW, "if (!has_weight || maps_weights(row))", "if (kind == Kind::sere || maps_weights(row))"
+        ROW, "return row.at(gates, t) > 0.0f; }) == 0)", "return row.is(kMoves); }) != 0)"
     ),
     "mapped_rows_without_weight_stay_so": wrong(
-        ROW, "if (!has_weight) {", "if (!has_weight && !maps_weights(row)) {"
+        ROW,
+        "return row.at(gates, t) > 0.0f; }) == 0)",
+        "return row.at(gates, t) > 0.0f || row.policy().mapped_share > 0.0f; }) == 0)",
+    ),
+    "loaded_rows_are_weighed_again": wrong(ROW, "if (!is_whole) return false;", "return false;"),
+    "cut_rows_stay_whole": wrong(ROW, "smaller(policy.k_max, policy.max_rank) < k", "k < 0"),
+    "rows_with_repeated_ids_stay_whole": wrong(
+        ROW, "is_whole = n == call.top_k", "is_whole = true"
+    ),
+    "compensation_of_nothing": wrong(ROW, "wanted *= kept + share * (1.0f - kept);", ""),
+    "compensation_counts_all_that_was_taken": wrong(
+        ROW, "row.sum_first(gates, taken.own)", "row.sum_first(gates, taken.count)"
+    ),
+    "moved_slots_keep_their_weight": wrong(
+        ROW, "row.get(weights, t) * share", "row.get(weights, t)"
+    ),
+    "coefficients_of_the_choice": wrong(WARP, "[n * n + stand_in]", "[stand_in]"),
+    "votes_are_gates": wrong(ROW, "exponent == 1 ? capped : 1.0f", "capped"),
+    "raw_weights_are_never_compensated": wrong(
+        ROW, "!call.renormalize && !compensates", "!call.renormalize"
     ),
     "fainter_gates_count": wrong(ROW, "kFaintest = -80.0f", "kFaintest = -85.0f"),
     "the_faintest_gate_is_0": wrong(ROW, "x >= kFaintest", "x > kFaintest"),
@@ -253,7 +272,8 @@ MUTANTS = {**SYNCHRONISATION, **MEMORY, **ORDER, **POLICIES, **STATISTICS}
 FEWER_KERNELS = {
     "if (call.num_experts <= 128) return launch<kPacked, 4>(call, stream);": "",
     "if (call.num_experts <= 256) return launch<kPacked, 8>(call, stream);": "",
-    "return launch<kPacked, 16>(call, stream);": "return cudaErrorInvalidValue;",
+    "if (call.num_experts <= 512) return launch<kPacked, 16>(call, stream);": "",
+    "return launch<kPacked, 32>(call, stream);": "return cudaErrorInvalidValue;",
 }
 
 
@@ -269,6 +289,9 @@ SPECS: tuple[Spec, ...] = (
     {**OEA_2, "k0": 1, "k_max": 3},
     {**OEA_2, "k0": 4, "p": 0.35},
     {**SERE_1, "rho": 1.0},
+    {**SERE_1, "rho": -1.0, "c": 0.5},
+    {**SERE_1, "rho": -1.0, "artifact": "a"},
+    {**OEA_2, "k0": 1, "c": 0.5},
 )
 
 
@@ -277,6 +300,7 @@ BUDGETS: tuple[Spec, ...] = (
     {**BUDGET_5, **MAPPED},
     {**BUDGET_5, "k0": 1, "utility": "gate"},
     {**OEA_2, **MAPPED, "k0": 1, "mapped_share": 1.0},
+    {"kind": "rule", "k0": 0, "exponent": 0, "max_active": 6, "max_rank": K},
 )
 
 
@@ -291,15 +315,16 @@ def mixed(num_rows: int, seed: int, dtype: torch.dtype) -> Case:
         specs=SPECS,
         row_specs=row_specs,
         artifacts={name: (x * 4).round() / 4 for name, x in case.artifacts.items()},
+        coefficients={"a": case.artifacts["b"].abs()},
     )
 
 
 def budgeted(num_rows: int, max_active: int, seed: int, dtype: torch.dtype) -> Case:
     """The first block of two launches has no budget row, all further rows are under one or map."""
     case = varied_case((num_rows, N, K), seed)
-    row_specs = tuple(0 if b < 8 < num_rows - 8 else 1 + b % 3 for b in range(num_rows))
+    row_specs = tuple(0 if b < 8 < num_rows - 8 else 1 + b % 4 for b in range(num_rows))
     specs = tuple(
-        {**spec, "max_active": max_active} if spec["kind"] == "budget" else spec for spec in BUDGETS
+        {**spec, "max_active": max_active} if "max_active" in spec else spec for spec in BUDGETS
     )
     case = replace(case, scores=case.scores.to(dtype), specs=specs, row_specs=row_specs)
     return keep_off_close_demands(case)
@@ -335,7 +360,7 @@ def faint() -> Call:
         [budget], layer=0, top_k=2, num_experts=N, similarity=similarity, artifacts=["a"]
     )
     ids = torch.tensor([[1, 0]], dtype=torch.int32).expand(6, -1).contiguous()
-    return Call(logits, torch.zeros(6).int(), table, Router(), 2, ids, torch.full((6, 2), 0.5))
+    return Call(logits, torch.zeros(6).int(), table, Router(), ids, torch.full((6, 2), 0.5))
 
 
 def with_garbage(case: Case) -> Case:
@@ -357,10 +382,9 @@ def repeating(call: Call) -> Call:
     return replace(call, free_slots=FreeSlots.REPEAT_FIRST)
 
 
-def fused(case: Case) -> Call:
-    call = call_of(case)
-    router = Router(renormalize=False, scale=2.0)
-    return replace(call, router=router, topk_ids=None, topk_weights=None, gates=None)
+def from_logits(case: Case) -> Call:
+    """The scores taken for router logits."""
+    return replace(call_of(case), router=Router(renormalize=False, scale=2.0), gates=None)
 
 
 def routed(case: Case, router: Router) -> Call:
@@ -381,7 +405,7 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
         for seed in range(3)
     }
     found = {name: call_of(case) for name, case in small.items()}
-    found |= {f"fused, {name}": fused(case) for name, case in small.items()}
+    found |= {f"logits, {name}": from_logits(case) for name, case in small.items()}
     case = small[f"seed 0, {float32}"]
     found["steps"] = stepped(case)
     found["garbage"] = call_of(with_garbage(case))

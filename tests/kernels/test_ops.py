@@ -1,40 +1,38 @@
-"""The operators as torch sees them: schemas, fake tensors, compilation, and clear errors."""
+"""The compiled re-routing as Python calls it: clear errors, room for reloads, sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sglang_moe_routing.errors import KernelError
+from sglang_moe_routing.errors import PolicyError
 from sglang_moe_routing.kernels import (
+    MAX_EXPERTS,
     MAX_ROWS,
-    KernelTable,
-    Room,
+    MAX_TOP_K,
+    NOT_COUNTED,
+    BoundLayer,
+    beyond_limits,
     choose,
-    compile_table,
-    fused,
-    fused_out,
     ops,
     refine,
-    refine_out,
-    unsupported,
-    with_room,
 )
 from sglang_moe_routing.policies import (
     OEA,
     Budget,
+    Capacity,
     Engagement,
-    FreeSlots,
     Policy,
+    PolicyTable,
     Router,
     TopK,
     Vanilla,
     build_table,
+    with_capacity,
 )
 from tests.cases import policy_ids, to_policy, varied_case
 from tests.kernels import building
@@ -47,10 +45,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def make_table(device: str = "cpu", num_experts: int = NUM_EXPERTS) -> KernelTable:
+def make_table(device: str = "cpu", num_experts: int = NUM_EXPERTS) -> PolicyTable:
     policies: list[Policy] = [Vanilla(), TopK.model_validate({"k0": 2}), OEA(k0=2)]
-    table = build_table(policies, layer=0, top_k=TOP_K, num_experts=num_experts, device=device)
-    return compile_table(table)
+    return build_table(policies, layer=0, top_k=TOP_K, num_experts=num_experts, device=device)
 
 
 def inputs(device: str = "cpu") -> dict[str, Tensor]:
@@ -67,80 +64,6 @@ def inputs(device: str = "cpu") -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def refine_arguments(device: str) -> tuple[Any, ...]:
-    given, table = inputs(device), make_table(device)
-    choice = (given["topk_ids"], given["topk_weights"], given["policy_ids"])
-    return (
-        given["scores"],
-        None,
-        None,
-        *choice,
-        table.policies,
-        table.similarity,
-        0,
-        1,
-        1,
-        True,
-        1.0,
-        int(FreeSlots.IGNORED),
-    )
-
-
-def fused_arguments(device: str) -> tuple[Any, ...]:
-    given, table = inputs(device), make_table(device)
-    rows = (given["scores"], given["policy_ids"], table.policies, table.similarity)
-    return (*rows, 0, True, 1.0, int(FreeSlots.IGNORED))
-
-
-def outputs(device: str) -> dict[str, Tensor | None]:
-    return {
-        "out_ids": torch.empty(NUM_TOKENS, TOP_K, dtype=torch.int32, device=device),
-        "out_weights": torch.empty(NUM_TOKENS, TOP_K, device=device),
-        "out_union": torch.empty(NUM_EXPERTS, dtype=torch.bool, device=device),
-        "statistics": torch.zeros(6, dtype=torch.int64, device=device),
-        "workspace": None,
-    }
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["refine", "refine_out", "fused", "fused_out"])
-def test_operators_keep_torchs_rules(name: str, device: str) -> None:
-    """Schema, fake implementation and dispatch agree, as torch's own check of operators sees it."""
-    arguments = refine_arguments(device) if name.startswith("refine") else fused_arguments(device)
-    statistics = torch.zeros(6, dtype=torch.int64, device=device)
-    op = getattr(torch.ops.sglang_moe_routing, name).default
-    if name.endswith("_out"):
-        torch.library.opcheck(op, arguments, outputs(device))
-    elif name == "refine":
-        torch.library.opcheck(op, (*arguments, statistics))
-    else:
-        torch.library.opcheck(op, (*arguments, TOP_K, statistics))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_model_around_them_compiles_without_a_graph_break(backend: str, device: str) -> None:
-    given, table, router = inputs(device), make_table(device), Router()
-
-    def model(scores: Tensor, ids: Tensor, weights: Tensor, policy_ids: Tensor) -> Tensor:
-        _, refined, _ = refine(scores * 2, ids, weights, policy_ids, table, router)
-        chosen, chosen_weights, _ = fused(scores * 2, policy_ids, table, router, TOP_K)
-        return refined.sum(dim=1) + (chosen * chosen_weights).sum(dim=1)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(*given.values()), model(*given.values()))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_dispatched_and_direct_calls_are_the_same(device: str) -> None:
-    given = inputs(device)
-    direct = refine(**given, table=make_table(device), router=Router())
-    dispatched = torch.ops.sglang_moe_routing.refine.default(*refine_arguments(device), None)
-    for left, right in zip(direct, dispatched, strict=True):
-        assert torch.equal(left, right)
-
-
 def test_statistics_are_added_to() -> None:
     statistics = torch.full((6,), 100, dtype=torch.int64)
     refine(**inputs(), table=make_table(), router=Router(), statistics=statistics)
@@ -154,10 +77,16 @@ def with_changed(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[], 
     return lambda: refine(**given, table=make_table(), router=Router())
 
 
-def choose_among(num_experts: int, top_k: int) -> object:
-    scores = torch.zeros(NUM_TOKENS, num_experts)
-    table = make_table(num_experts=num_experts)
-    return fused(scores, inputs()["policy_ids"], table, Router(), top_k)
+def of_size(num_tokens: int, num_experts: int, top_k: int) -> Callable[[], object]:
+    ids = torch.zeros(num_tokens, top_k, dtype=torch.int32)
+    return lambda: refine(
+        torch.zeros(num_tokens, num_experts),
+        ids,
+        ids.float(),
+        ids[:, 0],
+        make_table(num_experts=num_experts),
+        Router(),
+    )
 
 
 BAD_CALLS = {
@@ -183,22 +112,15 @@ BAD_CALLS = {
         router=Router(),
         statistics=torch.zeros(4, dtype=torch.int64),
     ),
-    "out_ids: expected a top_k of 1 to 16": lambda: fused(
-        inputs()["scores"].repeat(1, 2),
-        inputs()["policy_ids"],
-        make_table(num_experts=32),
-        Router(),
-        17,
+    f"top_k: expected 1 to {MAX_TOP_K}": of_size(NUM_TOKENS, 2 * MAX_TOP_K, MAX_TOP_K + 1),
+    "top_k: expected at most the number of experts": of_size(NUM_TOKENS, 4, 5),
+    f"scores: expected at most {MAX_ROWS} rows": of_size(MAX_ROWS + 1, NUM_EXPERTS, TOP_K),
+    f"union: expected 1 to {MAX_EXPERTS} experts": of_size(NUM_TOKENS, MAX_EXPERTS + 1, TOP_K),
+    r"bias: expected shape \[16\]": lambda: refine(
+        **inputs(), table=make_table(), router=Router("sigmoid", bias=torch.zeros(17))
     ),
-    "scores: expected at most 65535 rows": lambda: fused(
-        torch.zeros(MAX_ROWS + 1, NUM_EXPERTS),
-        torch.zeros(MAX_ROWS + 1, dtype=torch.int32),
-        make_table(),
-        Router(),
-        TOP_K,
-    ),
-    "scores: expected 1 to 512 experts": lambda: fused(
-        torch.zeros(6, 513), inputs()["policy_ids"], make_table(num_experts=513), Router(), 4
+    r"gates: expected shape \[6, 16\]": lambda: refine(
+        **inputs(), table=make_table(), router=Router(), gates=torch.zeros(6, 15)
     ),
 }
 
@@ -212,11 +134,13 @@ def test_a_bad_argument_is_named(message: str) -> None:
 def test_the_demand_of_the_most_rows_does_not_overflow() -> None:
     """All rows but one ask for one expert with all that they have."""
     policies: list[Policy] = [Budget.model_validate({"max_active": 1})]
-    table = compile_table(build_table(policies, layer=0, top_k=1, num_experts=NUM_EXPERTS))
+    table = build_table(policies, layer=0, top_k=1, num_experts=NUM_EXPERTS)
     logits = torch.zeros(MAX_ROWS, NUM_EXPERTS)
     logits[:, 7] = 1.0
     logits[0, 3] = 2.0
-    _, _, union = fused(logits, torch.zeros(MAX_ROWS, dtype=torch.int32), table, Router(), 1)
+    ids = logits.argmax(dim=1, keepdim=True)
+    plan = torch.zeros(MAX_ROWS, dtype=torch.int32)
+    _, _, union = refine(logits, ids, torch.ones(MAX_ROWS, 1), plan, table, Router())
     assert union.nonzero().tolist() == [[7]]
 
 
@@ -232,42 +156,103 @@ def test_python_and_the_kernels_agree(header: str, constant: str, value: int) ->
     assert f"constexpr int {constant} = {value};" in (building.CSRC / header).read_text()
 
 
-def test_outputs_are_checked_too() -> None:
-    given, out = inputs(), outputs("cpu")
-    out["out_weights"] = torch.empty(NUM_TOKENS, TOP_K, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="out_weights: expected the element type of topk_weights"):
-        refine_out(**given, table=make_table(), router=Router(), **out)  # type: ignore[arg-type]
-    out = outputs("cpu") | {"out_ids": torch.empty(TOP_K, NUM_TOKENS, dtype=torch.int32).T}
-    with pytest.raises(ValueError, match="out_ids: expected adjacent elements"):
-        fused_out(given["scores"], given["policy_ids"], make_table(), Router(), **out)  # type: ignore[arg-type]
+def bind(union: Tensor | None = None, statistics: Tensor | None = None) -> BoundLayer:
+    union = torch.empty(NUM_EXPERTS, dtype=torch.bool) if union is None else union
+    return BoundLayer(make_table(), Router(), union, top_k=TOP_K, statistics=statistics)
 
 
-@pytest.mark.parametrize("router", [Router(num_groups=2), Router(bias=torch.zeros(NUM_EXPERTS))])
-def test_the_fused_form_refuses_routers_that_it_cannot_replace(router: Router) -> None:
+BAD_IN_PLACE = {
+    "topk_ids: expected adjacent elements": ("topk_ids", lambda t: t.T.contiguous().T),
+    "topk_weights: expected adjacent elements": ("topk_weights", lambda t: t.T.contiguous().T),
+    "topk_ids: expected rows that do not overlap": ("topk_ids", lambda t: t[:1].expand(6, -1)),
+    "topk_weights: expected rows that do not": ("topk_weights", lambda t: t[:1].expand(6, -1)),
+    r"topk_ids: expected shape \[6, 4\], got \[6, 3\]": ("topk_ids", lambda t: t[:, :3]),
+    r"scores: expected shape \[6, 16\], got \[6, 15\]": ("scores", lambda t: t[:, :15]),
+    "policy_ids: expected a contiguous tensor": ("policy_ids", lambda t: t.repeat(2)[::2]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_IN_PLACE)
+def test_what_cannot_be_routed_in_place_is_left_alone(message: str) -> None:
+    name, change = BAD_IN_PLACE[message]
     given = inputs()
-    with pytest.raises(KernelError, match="without bias and groups"):
-        fused(given["scores"], given["policy_ids"], make_table(), router, TOP_K)
+    given[name] = change(given[name])
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    with pytest.raises(ValueError, match=message):
+        bind().reroute(**given)
+    assert all(torch.equal(given[name], before[name]) for name in given)
 
 
-class Mine(TopK):
-    """A policy that exists in Python only."""
+def test_only_parts_that_the_statistics_have_are_added_to() -> None:
+    statistics = torch.zeros(2, 6, dtype=torch.int64)
+    layer = bind(statistics=statistics)
+    layer.reroute(**inputs(), part=1)
+    layer.reroute(**inputs(), part=NOT_COUNTED)
+    assert statistics[:, 0].tolist() == [0, 1]
+    for other in (layer, bind()):
+        with pytest.raises(ValueError, match="part: expected one that the statistics have"):
+            other.reroute(**inputs(), part=2)
+    assert statistics[:, 0].tolist() == [0, 1]
+
+
+def test_the_union_must_be_of_truth_values() -> None:
+    with pytest.raises(ValueError, match="union: expected elements of 8 bits"):
+        bind(torch.empty(NUM_EXPERTS))
+
+
+def test_a_bound_layer_keeps_its_tensors() -> None:
+    """Nobody else has to hold them: what is allocated later does not take their place."""
+    layer = bind()
+    filler = [torch.full_like(make_table().words, 7) for _ in range(64)]
+    filler += [torch.full((NUM_EXPERTS,), True) for _ in range(64)]
+    given = inputs()
+    layer.reroute(**given)
+    ids, weights, _ = refine(**inputs(), table=make_table(), router=Router())
+    assert torch.equal(given["topk_ids"], ids)
+    assert torch.equal(given["topk_weights"], weights)
+    assert all(tensor.all() for tensor in filler)
+
+
+def test_a_bound_layer_follows_a_rewritten_table() -> None:
+    """As a reload under captured graphs does it."""
+    table, union = make_table(), torch.empty(NUM_EXPERTS, dtype=torch.bool)
+    layer = BoundLayer(table, Router(), union, top_k=TOP_K)
+    vanilla = torch.zeros_like(table.words)
+    table.rewrite(replace(table, words=vanilla))
+    given = inputs()
+    layer.reroute(**given)
+    assert torch.equal(given["topk_ids"], inputs()["topk_ids"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bias_is_that_of_each_call(dtype: torch.dtype) -> None:
+    """An update of the weights may replace it, or write into it."""
+    router = Router("sigmoid", bias=torch.zeros(NUM_EXPERTS, dtype=dtype))
+    table, union = make_table(), torch.empty(NUM_EXPERTS, dtype=torch.bool)
+    layer = BoundLayer(table, router, union, top_k=TOP_K)
+    for expert in (3, 5):
+        given, bias = inputs(), torch.zeros(NUM_EXPERTS, dtype=dtype)
+        given["topk_ids"][:, 0] = expert
+        bias[expert] = 9.0
+        policy_ids = torch.ones_like(given.pop("policy_ids"))
+        layer.reroute(**given, policy_ids=policy_ids, bias=bias)
+        assert (given["topk_ids"] == expert).any(dim=1).all()
+        assert given["topk_ids"].eq(expert).nonzero()[:, 1].eq(0).all()
 
 
 @pytest.mark.parametrize(
-    ("policy", "num_experts", "top_k", "router", "reason"),
+    ("num_experts", "top_k", "router", "reason"),
     [
-        (TopK(k0=2), 16, 4, Router(), ""),
-        (Mine(k0=2), 16, 4, Router(), "policies of kind Mine exist in Python only"),
-        (TopK(k0=2), 513, 4, Router(), "513 experts are more than the 512"),
-        (TopK(k0=2), 64, 17, Router(), "17 experts per token are more than the 16"),
-        (TopK(k0=2), 66, 4, Router(num_groups=33), "33 expert groups are more than the 32"),
+        (MAX_EXPERTS, MAX_TOP_K, Router(num_groups=32), ""),
+        (MAX_EXPERTS + 1, 4, Router(), f"{MAX_EXPERTS + 1} experts are more than the"),
+        (64, MAX_TOP_K + 1, Router(), f"{MAX_TOP_K + 1} experts per token are more"),
+        (66, 4, Router(num_groups=33), "33 expert groups are more than the 32"),
     ],
 )
 def test_what_kernels_cannot_serve_is_known_beforehand(
-    policy: Policy, num_experts: int, top_k: int, router: Router, reason: str
+    num_experts: int, top_k: int, router: Router, reason: str
 ) -> None:
-    table = build_table([Vanilla(), policy], layer=0, top_k=top_k, num_experts=num_experts)
-    found = unsupported(table, router, num_experts, top_k)
+    found = beyond_limits(router, num_experts, top_k)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
 
@@ -280,19 +265,21 @@ def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
         policy.model_copy(update={"engage": Engagement(min_rows=1 + 3 * (i % 4))})
         for i, policy in enumerate(map(to_policy, case.specs))
     ]
-    table = compile_table(
-        build_table(
-            engaged,
-            layer=0,
-            top_k=case.top_k,
-            num_experts=case.num_experts,
-            similarity=case.artifacts,
-            artifacts=[spec.get("artifact") for spec in case.specs],
-            device=device,
-        )
+    table = build_table(
+        engaged,
+        layer=0,
+        top_k=case.top_k,
+        num_experts=case.num_experts,
+        similarity=case.artifacts,
+        coefficients=case.coefficients,
+        artifacts=[spec.get("artifact") for spec in case.specs],
+        device=device,
     )
-    assert table.room == Room(policies=8, steps=5, artifacts=2)
-    wide = with_room(table, Room(policies=11, steps=9, artifacts=3))
+    num_matrices = len(case.artifacts) + len(case.coefficients)
+    assert table.capacity == Capacity(policies=len(case.specs), steps=5, matrices=num_matrices)
+    wide = with_capacity(
+        table, Capacity(policies=len(case.specs) + 3, steps=9, matrices=num_matrices + 1)
+    )
     arguments = [
         t.to(device)
         for t in (case.scores, case.topk_ids, case.topk_weights, policy_ids(case, torch.int32))
@@ -300,18 +287,10 @@ def test_room_for_more_changes_nothing(device: str, seed: int) -> None:
     expected = refine(*arguments, table, Router())
     for found, wanted in zip(refine(*arguments, wide, Router()), expected, strict=True):
         assert torch.equal(found, wanted)
-    wide.rewrite(with_room(make_table(device, case.num_experts), wide.room))
+    wide.rewrite(with_capacity(make_table(device, case.num_experts), wide.capacity))
     assert not any(map(torch.equal, refine(*arguments, wide, Router())[:1], expected))
 
 
 def test_too_little_room_says_of_what() -> None:
-    with pytest.raises(KernelError, match="needs room for 3 policies, there is room for 2"):
-        with_room(make_table(), Room(policies=2, steps=1, artifacts=0))
-
-
-@pytest.mark.parametrize("name", ["k0", "artifact"])
-def test_a_number_beyond_32_bits_is_an_error_not_another_policy(name: str) -> None:
-    table = build_table([TopK(k0=3)], layer=0, top_k=4, num_experts=8)
-    wide = replace(table, parameters={**table.parameters, name: torch.tensor([[2**32 + 1]])})
-    with pytest.raises(KernelError, match=f"{name}: 4294967297 does not fit"):
-        compile_table(wide)
+    with pytest.raises(PolicyError, match="needs room for 3 policies, there is room for 2"):
+        with_capacity(make_table(), Capacity(policies=2, steps=1, matrices=0))

@@ -14,17 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sglang_moe_routing import kernels
-from sglang_moe_routing.kernels import compile_table, native
+from sglang_moe_routing.kernels import native
 from sglang_moe_routing.policies import (
     FREE,
     PAD,
+    Engagement,
     FreeSlots,
     Policy,
     PolicyTable,
     Router,
     build_table,
 )
-from sglang_moe_routing.policies.base import CountSchedule, Engagement
+from sglang_moe_routing.policies.schedule import CountSchedule
 from tests import oracles
 from tests.cases import (
     BUDGET_5,
@@ -32,7 +33,6 @@ from tests.cases import (
     MAPPED,
     OEA_2,
     ONE_OF_EACH,
-    ROUTER_DEMAND_RTOL,
     SERE_1,
     Case,
     Shape,
@@ -57,12 +57,11 @@ from tests.kernels.conftest import (
     ask_reference,
     assert_agrees,
     call_of,
-    engine_choice,
 )
 from tests.kernels.driver import Outcome, apart
 
-NUM_EXPERTS = (1, 7, 8, 60, 64, 72, 128, 160, 256, 512)
-MAX_TOP_K = 16
+NUM_EXPERTS = (1, 7, 8, 60, 64, 72, 128, 160, 256, 512, 896, 1024)
+MAX_TOP_K = 32
 
 thorough = settings(max_examples=120, deadline=None, database=None)
 brief = settings(max_examples=40, deadline=None, database=None)
@@ -135,7 +134,8 @@ def test_any_mix_of_policies_gives_what_the_oracle_gives(
         (16, 256, 8),
         (17, 128, 8),
         (33, 60, 4),
-        (65, 512, 10),
+        (65, 512, 22),
+        (18, 1024, 32),
         (130, 128, 6),
         (513, 128, 8),
         (1100, 8, 2),
@@ -236,6 +236,7 @@ def scheduled(case: Case, planned: Sequence[Plan]) -> tuple[Case, PolicyTable]:
         top_k=case.top_k,
         num_experts=case.num_experts,
         similarity=case.artifacts,
+        coefficients=case.coefficients,
         artifacts=[spec.get("artifact") for spec in case.specs],
     )
     return now, table
@@ -405,77 +406,6 @@ def test_a_call_of_padding_alone_is_free_in_every_slot(
     assert got.statistics == [0] * 6
 
 
-# --- the fused form ----------------------------------------------------------------------------
-
-
-def without_close_calls(case: Case, router: Router) -> Case:
-    """The case under the router's own gates and choice, with policies of which none hangs on how
-    its gates are rounded."""
-    specs = tuple({**spec, "p": 1.0} if "p" in spec else spec for spec in case.specs)
-    scores, gates = router.score(case.scores.float())
-    ids, _ = engine_choice(scores, gates, case.top_k, router)
-    chosen = replace(case, specs=specs, gates=gates, topk_ids=ids)
-    return keep_off_close_demands(chosen, rtol=ROUTER_DEMAND_RTOL)
-
-
-@thorough
-@given(
-    any_cases(),
-    st.sampled_from(("softmax", "sigmoid", "sqrtsoftplus")),
-    st.booleans(),
-    st.sampled_from((1.0, 2.5)),
-    seeds,
-)
-def test_fused_is_a_stable_top_k_and_then_the_reference(
-    compiled: Implementation,
-    case: Case,
-    scoring: Any,
-    renormalize: bool,
-    scale: float,
-    seed: int,
-) -> None:
-    """Ties go to the lower id, NaN comes last, and the weights are the model's own."""
-    router = Router(scoring=scoring, renormalize=renormalize, scale=scale)
-    call = Call(
-        scores=case.scores,
-        policy_ids=policy_ids(case, torch.int32),
-        table=table_of(without_close_calls(case, router)),
-        router=router,
-        top_k=case.top_k,
-        seed=seed,
-    )
-    got, expected = compiled(call), ask_reference(call)
-    assert got.topk_ids.dtype == torch.int32
-    assert got.topk_weights.dtype == torch.float32
-    assert got.topk_ids.tolist() == expected.topk_ids.tolist()
-    assert torch.equal(got.union, expected.union)
-    assert got.statistics == expected.statistics
-    # two exponentials of 3e-6 each; see test_routers.py for the smallest gates
-    torch.testing.assert_close(got.topk_weights, expected.topk_weights, rtol=1e-5, atol=1e-18)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("num_rows", [16, 17, 40, 130])
-def test_fused_with_many_rows(compiled: Implementation, num_rows: int, dtype: torch.dtype) -> None:
-    """The fused form beyond one block, into tensors whose rows lie apart."""
-    case = varied_case((num_rows, 128, 8), seed=1)
-    case = replace(case, scores=case.scores.to(dtype))
-    router = Router(renormalize=False, scale=2.0)
-    call = Call(
-        scores=case.scores,
-        policy_ids=policy_ids(case, torch.int32),
-        table=table_of(without_close_calls(case, router)),
-        router=router,
-        top_k=8,
-        seed=3,
-    )
-    got, expected = compiled(call, out_gap=3), ask_reference(call)
-    assert_same(got, compiled(call))
-    assert got.topk_ids.tolist() == expected.topk_ids.tolist()
-    assert got.statistics == expected.statistics
-    torch.testing.assert_close(got.topk_weights, expected.topk_weights, rtol=1e-5, atol=1e-18)
-
-
 # --- promises ----------------------------------------------------------------------------------
 
 ODD_BITS = {
@@ -552,6 +482,7 @@ def test_merged_slots_keep_the_sum_of_a_row(
     implementation: Implementation, case: Case, seed: int
 ) -> None:
     """A row under sere weighs what it came with, however many of its slots end on one expert."""
+    case = with_every(case, c=1.0)
     got = implementation(call_of(case, seed=seed))
     rows = [b for b in case.live if case.specs[case.row_specs[b] or 0]["kind"] == "sere"]
     before, after = (x[rows].sum(dim=1) for x in (case.topk_weights, got.topk_weights))
@@ -642,7 +573,7 @@ def test_one_live_row_under_oea_is_pruned_as_by_topk(
         "k_max": None if k_max is None else min(k_max, case.top_k),
         "max_rank": min(max_rank, case.num_experts),
     }
-    oea = tuple({**OEA_2, "k0": spec["k0"], **limits} for spec in case.specs)
+    oea = tuple({**OEA_2, "k0": spec["k0"], "c": spec["c"], **limits} for spec in case.specs)
     alone = replace(case, row_specs=rows)
     assert_same(compiled(call_of(replace(alone, specs=oea))), compiled(call_of(alone)))
 
@@ -684,7 +615,6 @@ def test_an_expert_has_weight_down_to_the_same_logit_everywhere(
         policy_ids=torch.zeros(3, dtype=torch.int32),
         table=build_table([budget], layer=0, top_k=2, num_experts=8),
         router=Router(scoring=scoring),
-        top_k=2,
         topk_ids=torch.tensor([[1, 0], [0, 1], [0, 1]], dtype=torch.int32),
         topk_weights=torch.tensor([[0.125, 0.5], [0.5, 0.5], [0.5, 0.5]]),
     )
@@ -754,22 +684,72 @@ def test_no_mapped_share_is_no_mapping(
     implementation: Implementation, case: Case, seed: int
 ) -> None:
     """With a share of 0 it does not matter whether there are similarities."""
-    plain = tuple({**spec, "mapped_share": 0.0} for spec in case.specs)
+    plain = with_every(case, mapped_share=0.0).specs
     bare = tuple({k: v for k, v in spec.items() if k != "artifact"} for spec in plain)
     got = implementation(call_of(replace(case, specs=plain), seed=seed))
-    assert_same(got, implementation(call_of(replace(case, specs=bare, artifacts={}), seed=seed)))
+    without = replace(case, specs=bare, artifacts={}, coefficients={})
+    assert_same(got, implementation(call_of(without, seed=seed)))
+
+
+OWN_ORDER = ("topk", "oea", "budget")
+
+
+def with_every(case: Case, **changes: Any) -> Case:
+    """The case with these numbers in every policy that re-routes."""
+    specs = tuple(s if s["kind"] == "vanilla" else {**s, **changes} for s in case.specs)
+    return replace(case, specs=specs)
 
 
 @brief
-@given(any_cases(kinds=("oea", "budget"), weight_types=(torch.float32,)), seeds)
-def test_renormalised_weights_keep_their_sum(
+@given(any_cases(kinds=OWN_ORDER, weight_types=(torch.float32,)), seeds)
+def test_rows_weigh_what_they_kept_and_a_share_of_what_they_lost(
     implementation: Implementation, case: Case, seed: int
 ) -> None:
-    """Mapped or not, a row weighs what it came with."""
-    gates = case.gates.nan_to_num(1.0) + 0.125
-    got = implementation(call_of(replace(case, gates=gates, renormalize=True), seed=seed))
-    before, after = (x[case.live].sum(dim=1) for x in (case.topk_weights, got.topk_weights))
-    torch.testing.assert_close(after, before, rtol=1e-5, atol=0.0)
+    """W * (kept + c * (1 - kept)) in all, of which a mapped share weighs what the row came with."""
+    case = replace(case, gates=case.gates.nan_to_num(1.0) + 0.125, renormalize=True)
+    case = keep_off_thresholds(case)
+    got = implementation(call_of(case, seed=seed))
+    for b in case.live:
+        spec, final = case.spec(b) or {}, set(got.topk_ids[b].tolist())
+        base = case.topk_ids[b].tolist()
+        lost = sum(case.gates[b, j].item() for j in base if j not in final)
+        share = 1 if spec["c"] is None else spec["c"]
+        given_up = (1 - share) * lost / case.gates[b, base].double().sum()
+        target = 1 - given_up * (1 - spec.get("mapped_share", 0.0))
+        total = case.topk_weights[b].double().sum()
+        torch.testing.assert_close(
+            got.topk_weights[b].double().sum(), total * target, rtol=1e-5, atol=0.0
+        )
+
+
+@brief
+@given(any_cases(kinds=OWN_ORDER, weight_types=(torch.float32,)), seeds)
+def test_full_compensation_is_what_the_papers_do(
+    implementation: Implementation, case: Case, seed: int
+) -> None:
+    """Where the model normalises, c = 1 is its own weights, to two units in the last place."""
+    case = replace(case, renormalize=True)
+    plain, full = (implementation(call_of(with_every(case, c=c), seed=seed)) for c in (None, 1.0))
+    assert torch.equal(full.topk_ids, plain.topk_ids)
+    torch.testing.assert_close(full.topk_weights, plain.topk_weights, rtol=2 * 2.0**-23, atol=0.0)
+
+
+@brief
+@given(any_cases(), st.sampled_from((None, 0.0, 0.5, 1.0)), seeds)
+def test_a_row_whose_choice_is_loaded_stays_as_it_is(
+    implementation: Implementation, case: Case, compensation: float | None, seed: int
+) -> None:
+    """Bit for bit, in the engine's order of columns, unless its policy cuts it."""
+    case = keep_off_thresholds(with_every(case, c=compensation))
+    got = implementation(call_of(case, seed=seed))
+    for b in case.live:
+        numbers = oracles.numbers_of(case.spec(b) or {})
+        is_cut = numbers["rho"] is None and (
+            min(numbers["k_max"], numbers["max_rank"]) < case.top_k
+        )
+        if got.union[case.topk_ids[b]].all() and not is_cut:
+            assert torch.equal(got.topk_ids[b], case.topk_ids[b])
+            assert_same_bits(got.topk_weights[b], case.topk_weights[b])
 
 
 def test_an_empty_matrix_may_have_any_strides() -> None:
@@ -782,7 +762,7 @@ def test_an_empty_matrix_may_have_any_strides() -> None:
         for name, x in call.tensors.items()
     }
     ids, _, union = kernels.refine(
-        **empty, policy_ids=call.policy_ids, table=compile_table(call.table), router=call.router
+        **empty, policy_ids=call.policy_ids, table=call.table, router=call.router
     )
     assert ids.shape == (0, 3)
     assert not union.any()

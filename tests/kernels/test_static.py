@@ -83,7 +83,7 @@ def test_every_architecture_has_all_kernels(compiled: Any) -> None:
         f"{kernel}<{key}, {per_lane}>"
         for kernel in ("route_one_block", "decide_rows", "settle_rows")
         for key in ("packed", "wide")
-        for per_lane in (2, 4, 8, 16)
+        for per_lane in (2, 4, 8, 16, 32)
     }
     for architecture, kernels in compiled.architectures.items():
         assert set(kernels) == wanted, architecture

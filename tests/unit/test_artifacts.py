@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sglang_moe_routing.artifacts import (
     FORMAT,
-    FORMAT_VERSION,
     METRICS,
     SimilarityArtifact,
     load_artifact,
@@ -27,7 +26,7 @@ from sglang_moe_routing.similarity import idle_thresholds, load_similarities
 N = 4
 GOOD_METADATA = {
     "format": FORMAT,
-    "format_version": str(FORMAT_VERSION),
+    "format_version": "1",
     "metric": "frobenius",
     "model": "tiny",
     "details": "{}",
@@ -50,8 +49,13 @@ def changed(row: int, column: int, value: float, both: bool = True) -> Tensor:
 
 
 def artifact(matrices: dict[int, Tensor] | None = None, **more: Any) -> SimilarityArtifact:
+    """With the matrices as coefficients too, where the metric has some."""
     fields: dict[str, Any] = {"metric": "frobenius", "model": "tiny", **more}
-    return SimilarityArtifact(matrices={0: matrix()} if matrices is None else matrices, **fields)
+    matrices = {0: matrix()} if matrices is None else matrices
+    metric = METRICS.get(fields["metric"])
+    if metric is not None and metric.has_coefficients:
+        fields.setdefault("coefficients", matrices)
+    return SimilarityArtifact(matrices=matrices, **fields)
 
 
 def write(path: Path, tensors: dict[str, Tensor] | None = None, **metadata: str | None) -> Path:
@@ -84,6 +88,22 @@ def test_what_is_saved_is_loaded(path: Path, metric: str, dtype: torch.dtype) ->
     for layer, made in matrices.items():
         assert got.matrices[layer].dtype == dtype
         assert torch.equal(got.matrices[layer], made)
+    assert bool(got.coefficients) == METRICS[metric].has_coefficients
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_coefficients_that_are_saved_are_loaded(path: Path, dtype: torch.dtype) -> None:
+    """Bit for bit, asymmetric and of a dtype of their own, views and shared tensors included."""
+    stack = torch.rand(2, N, N, generator=torch.Generator().manual_seed(5)).to(dtype)
+    made = {7: stack[0].fill_diagonal_(1), 0: stack[1].fill_diagonal_(1).T}
+    matrices = {7: matrix(), 0: matrix()}
+    save_artifact(artifact(matrices, metric="least_squares", coefficients=made), path)
+    got = load_artifact(path)
+    assert sorted(got.coefficients) == got.layers == [0, 7]
+    for layer, coefficients in made.items():
+        assert got.coefficients[layer].dtype == dtype
+        assert torch.equal(got.coefficients[layer], coefficients)
+        assert torch.equal(got.matrices[layer], matrices[layer])
 
 
 def test_a_loaded_artifact_carries_the_digest_of_its_file(path: Path) -> None:
@@ -100,6 +120,14 @@ def test_the_file_can_be_read_with_safetensors_alone(path: Path) -> None:
     with safe_open(str(path), framework="pt") as file:
         assert list(file.keys()) == ["similarity.3"]
         assert file.metadata() == GOOD_METADATA
+    save_artifact(artifact({3: matrix()}, metric="least_squares"), path)
+    with safe_open(str(path), framework="pt") as file:
+        assert sorted(file.keys()) == ["coefficient.3", "similarity.3"]
+        assert file.metadata() == {
+            **GOOD_METADATA,
+            "format_version": "2",
+            "metric": "least_squares",
+        }
 
 
 def test_transposed_and_sliced_matrices_can_be_saved(path: Path) -> None:
@@ -183,6 +211,67 @@ def test_an_unusable_matrix_is_refused_on_load_and_on_save(path: Path, case: str
     assert not path.exists()
     write(path, {"similarity.0": matrix(), "similarity.9": bad}, metric=metric)
     with pytest.raises(ArtifactError, match=where):
+        load_artifact(path)
+
+
+BAD_COEFFICIENTS = {
+    "float64": (matrix(torch.float64), "dtype is torch.float64, expected"),
+    "small": (matrix(size=3), r"shape is \(3, 3\), expected \(4, 4\)"),
+    "scalar": (torch.tensor(1.0), r"shape is \(\), expected \(4, 4\)"),
+    "NaN": (changed(0, 1, NAN), "has NaN or infinite values"),
+    "infinite": (changed(0, 1, INF), "has NaN or infinite values"),
+    "below 0": (changed(0, 1, -0.001), r"values span \[-0.001, 1\], expected \[0.0, 1.0\]"),
+    "above 1": (changed(0, 1, 1.001), r"values span .*1.001\], expected \[0.0, 1.0\]"),
+    "diagonal": (changed(2, 2, 0.5), "diagonal is off 1 by 0.5"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COEFFICIENTS)
+def test_unusable_coefficients_are_refused_on_load_and_on_save(path: Path, case: str) -> None:
+    """By file and tensor name; a weight's factor has no tolerance beyond [0, 1]."""
+    bad, message = BAD_COEFFICIENTS[case]
+    where = rf"{path.name}: coefficient\.9: {message}"
+    made = {0: matrix(), 9: matrix()}
+    with pytest.raises(ArtifactError, match=where):
+        save_artifact(artifact(made, metric="least_squares", coefficients={**made, 9: bad}), path)
+    assert not path.exists()
+    tensors = {
+        f"{kind}.{layer}": matrix() for kind in ("similarity", "coefficient") for layer in made
+    }
+    write(path, {**tensors, "coefficient.9": bad}, metric="least_squares", format_version="2")
+    with pytest.raises(ArtifactError, match=where):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "layers", "message"),
+    [
+        ("least_squares", [], r"coefficient\.0 is missing: .* of layers \[0, 9\]$"),
+        ("least_squares", [0], r"coefficient\.9 is missing: .* of layers \[0, 9\]$"),
+        ("least_squares", [0, 5, 9], r"coefficient\.5 is not expected: .* of layers \[0, 9\]$"),
+        ("routed", [0, 9], r"coefficient\.0 is not expected: metric 'routed' .* layers \[\]$"),
+    ],
+)
+def test_coefficients_of_other_layers_are_refused_on_load_and_on_save(
+    path: Path, metric: str, layers: list[int], message: str
+) -> None:
+    """Each layer of a metric with coefficients has its own, and no other metric has any."""
+    made, coefficients = {0: matrix(), 9: matrix()}, {layer: matrix() for layer in layers}
+    with pytest.raises(ArtifactError, match=f"{path.name}: {message}"):
+        save_artifact(artifact(made, metric=metric, coefficients=coefficients), path)
+    assert not path.exists()
+    tensors = {f"similarity.{layer}": m for layer, m in made.items()}
+    tensors |= {f"coefficient.{layer}": m for layer, m in coefficients.items()}
+    write(path, tensors, metric=metric, format_version="2")
+    with pytest.raises(ArtifactError, match=f"{path.name}: {message}"):
+        load_artifact(path)
+
+
+def test_version_1_holds_no_coefficients(path: Path) -> None:
+    tensors = {"similarity.0": matrix(), "coefficient.0": matrix()}
+    write(path, tensors, metric="least_squares")
+    message = r"unexpected tensor 'coefficient\.0', expected 'similarity\.<layer id>'$"
+    with pytest.raises(ArtifactError, match=message):
         load_artifact(path)
 
 
@@ -287,13 +376,14 @@ def test_a_truncated_file_is_refused(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("format", None), ("format", "pt"), ("format_version", None), ("format_version", "2")],
+    [("format", None), ("format", "pt"), ("format_version", None), ("format_version", "3")],
 )
 def test_a_foreign_format_is_refused(path: Path, key: str, value: str | None) -> None:
     """Another format or version is refused with what was found and what was expected."""
     write(path, None, **{key: value})
     with pytest.raises(
-        ArtifactError, match=rf"{path.name}: format is .*{value!r}.*, expected '{FORMAT}' version 1"
+        ArtifactError,
+        match=rf"{path.name}: format is .*{value!r}.*, expected '{FORMAT}' version 1 or 2",
     ):
         load_artifact(path)
 
@@ -305,12 +395,17 @@ def test_a_safetensors_file_without_metadata_is_refused(path: Path) -> None:
         load_artifact(path)
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize(
-    "name", ["similarity", "similarity.", "similarity.x", "similarity.-1", "similarity.1.0", "w.1"]
+    "name",
+    [
+        *("similarity", "similarity.", "similarity.x", "similarity.-1", "similarity.1.0", "w.1"),
+        *("coefficient.", "coefficient.01", "coefficient.similarity.1"),
+    ],
 )
-def test_a_foreign_tensor_is_refused(path: Path, name: str) -> None:
-    """A tensor that is not 'similarity.<layer id>' is refused by its name."""
-    write(path, {"similarity.0": matrix(), name: matrix()})
+def test_a_foreign_tensor_is_refused(path: Path, name: str, version: str) -> None:
+    """A tensor that is not '<what the version holds>.<layer id>' is refused by its name."""
+    write(path, {"similarity.0": matrix(), name: matrix()}, format_version=version)
     with pytest.raises(ArtifactError, match=rf"{path.name}: unexpected tensor '{name}'"):
         load_artifact(path)
 

@@ -60,6 +60,8 @@ def symmetric(size: int, seed: int = 0) -> Tensor:
 def artifact(
     matrices: dict[int, Tensor], metric: str = "cosine", **more: Any
 ) -> SimilarityArtifact:
+    if METRICS[metric].has_coefficients:
+        more = {"coefficients": matrices, **more}
     return SimilarityArtifact(matrices=matrices, metric=metric, **{"model": "tiny", **more})
 
 
@@ -108,6 +110,26 @@ def test_the_numbers_of_a_layer_are_those_worked_out_by_hand() -> None:
     ]
     assert found.distinct_neighbours == 2
     assert found.largest_hub == Hub(1, 3)
+
+
+def test_the_numbers_of_coefficients_are_those_worked_out_by_hand() -> None:
+    """Nearest is who is most similar, not who has the largest coefficient."""
+    coefficients = torch.tensor(
+        [
+            [1.0, 0.5, 0.0, 1.0],
+            [0.0, 1.0, 0.25, 0.5],
+            [0.0, 0.75, 1.0, 0.0],
+            [1.0, 0.0, 0.0, 1.0],
+        ]
+    )
+    found = layer_statistics(3, ROUTED, [], coefficients).coefficients
+    assert found is not None
+    assert found.mean == pytest.approx(4 / 12)
+    assert found.quantiles["min"] == 0.0
+    assert found.quantiles["median"] == pytest.approx(0.125)
+    assert found.quantiles["max"] == 1.0
+    assert found.nearest_mean == pytest.approx((0.5 + 0.25 + 0.75 + 0.0) / 4)
+    assert layer_statistics(3, ROUTED, []).coefficients is None
 
 
 def test_ties_go_to_the_lowest_id() -> None:
@@ -337,7 +359,32 @@ def test_the_command_describes_the_demos_artifact() -> None:
         "most_isolated",
         "distinct_neighbours",
         "largest_hub",
+        "coefficients",
     }
+    assert first["coefficients"] is None
+    assert "coefficient" not in invoke(ARTIFACT).stdout
+
+
+def test_the_command_shows_coefficients_and_what_the_metric_means(tmp_path: Path) -> None:
+    """Of the chosen layers; the fake coefficients are the similarities of another seed."""
+    matrices = {layer: symmetric(8, layer) for layer in (0, 3)}
+    coefficients = {layer: symmetric(8, 100 + layer) for layer in (0, 3)}
+    file = written(tmp_path / "file", matrices, "least_squares", coefficients=coefficients)
+    found = shown(file, "--layers", "3")
+    assert found["meaning"] == METRICS["least_squares"].meaning
+    (layer,) = found["layers"]
+    expected = layer_statistics(3, coefficients[3], [])
+    assert layer["coefficients"]["mean"] == expected.mean
+    assert layer["coefficients"]["quantiles"] == expected.quantiles
+    nearest = nearest_experts(matrices[3])[1]
+    chosen = [float(coefficients[3][u, v]) for u, v in enumerate(nearest.tolist())]
+    assert layer["coefficients"]["nearest_mean"] == pytest.approx(sum(chosen) / 8)
+    text = " ".join(invoke(file).stdout.split())
+    assert METRICS["least_squares"].meaning in text
+    table = text.partition("coefficient of two different experts")[2]
+    for values in (layer["coefficients"], shown(file)["layers"][0]["coefficients"]):
+        assert f"{values['mean']:.3f} │ {values['quantiles']['min']:.3f}" in table
+        assert f"{values['quantiles']['max']:.3f} │ {values['nearest_mean']:.3f}" in table
 
 
 def test_the_command_compares_two_artifacts_of_two_metrics(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +22,22 @@ from sglang_moe_routing.policies import (
     OEA,
     PAD,
     SERE,
+    WORDS,
     Budget,
     Count,
     Engagement,
+    Flag,
     Layers,
-    Parameters,
+    Place,
     Policy,
     PolicyRegistry,
     Rerouted,
     Rows,
+    Rule,
     Similarity,
     Sizes,
     TopK,
+    TorchPolicy,
     Vanilla,
     build_table,
     builtin_registry,
@@ -41,40 +46,37 @@ from sglang_moe_routing.policies import (
     problems,
     reroute,
 )
+from sglang_moe_routing.policies.table import FLOATS
 from tests import oracles
 
+ROOT = Path(__file__).parents[2]
 NUM_EXPERTS, TOP_K = 8, 4
-BUILTIN = ["budget", "oea", "sere", "topk", "vanilla"]
+BUILTIN = ["budget", "lynx", "oea", "sere", "topk", "vanilla", "xshare"]
 
 
 # --- registry ----------------------------------------------------------------------------------
 
 
-class Mirror(Policy):
+class Mirror(TorchPolicy):
     """Every expert j becomes N-1-j: absurd, and easy to recognise."""
 
     kind: Literal["mirror"] = "mirror"
-    weight: Count = TypeAdapter(Count).validate_python(3)
+    weight: float = 3.0
 
-    def parameters(self) -> dict[str, Any]:
-        return {"weight": self.weight}
-
-    @classmethod
-    def required(cls, rows: Rows, parameters: Parameters, selected: Tensor) -> Tensor:
+    def required(self, rows: Rows) -> Tensor:
         return (rows.rank < rows.top_k).flip(1)
 
-    @classmethod
-    def reroute(cls, rows: Rows, parameters: Parameters, union: Tensor) -> tuple[Tensor, Tensor]:
-        weights = parameters["weight"][:, None].expand_as(rows.topk_weights)
+    def reroute(self, rows: Rows, union: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.full_like(rows.topk_weights, self.weight)
         return rows.num_experts - 1 - rows.topk_ids, weights
 
 
 def test_the_builtin_kinds_are_registered_by_name() -> None:
-    """A built-in registry knows the five kinds of this package, in order of their names."""
+    """A built-in registry knows the kinds of this package, in order of their names."""
     registry = builtin_registry()
     assert list(registry) == BUILTIN
-    assert [registry[kind] for kind in registry] == [Budget, OEA, SERE, TopK, Vanilla]
-    assert registry.classes() == [Budget, OEA, SERE, TopK, Vanilla]
+    assert registry.classes() == [registry[kind] for kind in BUILTIN]
+    assert registry["oea"] is OEA
     assert "oea" in registry
     assert "mirror" not in registry
 
@@ -106,7 +108,7 @@ def test_a_second_class_of_the_same_kind_is_refused() -> None:
 
 def test_an_unknown_kind_lists_the_known_ones() -> None:
     """Asking for an unknown kind names it and every kind there is."""
-    with pytest.raises(PolicyError, match=r"'seer' is not registered; known: budget, oea, sere, t"):
+    with pytest.raises(PolicyError, match=r"'seer' is not registered; known: budget, lynx, oea"):
         builtin_registry()["seer"]
 
 
@@ -232,6 +234,8 @@ ACCEPTED: list[tuple[type[Policy], dict[str, Any]]] = [
     (SERE, {"num_primary": 2, "threshold": -0.5, "similarity": "general"}),
     (SERE, {"num_primary": 2, "threshold": {"default": 0.3, "rows": {16: 0.5}}}),
     (OEA, {"k0": 3, "engage": {"phase": "all", "min_rows": 2, "max_rows": 2, "layers": "1-3"}}),
+    (OEA, {"k0": 3, "compensation": 0.6}),
+    (SERE, {"num_primary": 1, "compensation": 0}),
 ]
 
 
@@ -261,6 +265,9 @@ REFUSED: list[tuple[type[Policy], dict[str, Any], str]] = [
     (TopK, {"k0": {"default": 1, "steps": {8: 3}}}, "steps"),
     (TopK, {"k0": 1, "p": 0.5}, "p"),
     (OEA, {"p": 0.5}, "k0"),
+    (OEA, {"k0": 3, "compensation": 1.1}, "compensation"),
+    (TopK, {"k0": 3, "compensation": -0.1}, "compensation"),
+    (SERE, {"num_primary": 1, "compensation": "0.5"}, "compensation"),
     (OEA, {"k0": 3, "p": 0.0}, "p"),
     (OEA, {"k0": 3, "p": 1.1}, "p"),
     (OEA, {"k0": 3, "p": float("nan")}, "p"),
@@ -457,6 +464,116 @@ def test_what_is_legal_but_of_no_use_to_a_model_is_told(
     found = doubts(made, model)
     assert len(found) == bool(expected)
     assert all(expected in doubt for doubt in found)
+
+
+# --- rules -------------------------------------------------------------------------------------
+
+PRESETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"kind": "vanilla"}, {}),
+    ({"kind": "topk", "k0": 2, "compensation": 0.6}, {"k0": 2, "k_max": 2, "compensation": 0.6}),
+    ({"kind": "oea", "k0": 2}, {"k0": 2}),
+    (
+        {"kind": "oea", "k0": 2, "p": 0.5, "k_max": 3, "max_rank": 9, "mapped_share": 0.3},
+        {"k0": 2, "p": 0.5, "k_max": 3, "max_rank": 9, "mapped_share": 0.3},
+    ),
+    ({"kind": "sere", "num_primary": 1}, {"k0": 1, "threshold": 0.0}),
+    (
+        {"kind": "sere", "num_primary": 1, "threshold": -1, "compensation": 0.4},
+        {"k0": 1, "threshold": -1.0, "compensation": 0.4},
+    ),
+    ({"kind": "budget", "max_active": 14}, {"k0": 0, "max_active": 14, "exponent": 2}),
+    (
+        {"kind": "budget", "max_active": 14, "k0": 1, "utility": "gate", "compensation": 0.6},
+        {"k0": 1, "max_active": 14, "exponent": 1, "compensation": 0.6},
+    ),
+    ({"kind": "xshare", "max_active": 14}, {"k0": 1, "max_active": 14, "exponent": 1}),
+    (
+        {"kind": "lynx", "max_active": 14},
+        {"k0": 0, "max_active": 14, "exponent": 0, "max_rank": 8},
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "numbers"), PRESETS)
+def test_a_preset_is_these_numbers(fields: dict[str, Any], numbers: dict[str, Any]) -> None:
+    """What its paper says, as numbers of the one rule."""
+    policy = builtin_registry()[fields["kind"]].model_validate(fields)
+    assert policy.rule(Place(layer=0, live_rows=4, top_k=8, num_experts=64)) == Rule(**numbers)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "named"),
+    [
+        ({"k0": -1}, "k0"),
+        ({"p": 0.0}, "p"),
+        ({"exponent": 3}, "exponent"),
+        ({"compensation": 1.5}, "compensation"),
+        ({"threshold": float("nan")}, "threshold"),
+        ({"threshold": 0.5, "k_max": 2}, "k_max: no effect beside a threshold"),
+        ({"threshold": 0.5, "mapped_share": 0.2}, "mapped_share: no effect beside a threshold"),
+        ({"max_activ": 3}, "max_activ"),
+    ],
+)
+def test_a_rule_that_means_nothing_is_refused(numbers: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named):
+        Rule(**numbers)
+
+
+class Ramp(Policy):
+    """A rule by a formula: as many experts as there are rows, up to 4."""
+
+    kind: Literal["ramp"] = "ramp"
+    says_so: bool = True
+
+    def steps(self) -> set[int]:
+        return {2, 3, 4} if self.says_so else {3}
+
+    def rule(self, place: Place) -> Rule:
+        return Rule(k0=min(place.live_rows, 4))
+
+
+def test_a_rule_may_follow_the_live_rows_by_a_formula() -> None:
+    """One row keeps one expert, two rows two each."""
+    got, _, ids, _ = call([Ramp()], [0, PAD])
+    assert (got.topk_ids[0] != FREE).sum() == 1
+    got, _, ids, weights = call([Ramp()], [0] * 4)
+    assert is_untouched(got, ids, weights)
+
+
+def test_a_rule_that_changes_between_its_steps_is_refused() -> None:
+    """It would be served as it was at the step below."""
+    with pytest.raises(PolicyError, match="kind ramp: its rule at 2 live rows is not that at 1"):
+        build(Ramp(says_so=False))
+
+
+class Unannounced(Policy):
+    """Moves its slots, but names no artifact."""
+
+    kind: Literal["unannounced"] = "unannounced"
+
+    def rule(self, place: Place) -> Rule:
+        return Rule(k0=1, threshold=0.0)
+
+
+def test_a_rule_that_needs_an_artifact_must_announce_it() -> None:
+    with pytest.raises(PolicyError, match="uses_similarity is False"):
+        build(Unannounced())
+
+
+def test_the_words_of_a_table_are_those_of_the_kernels() -> None:
+    """Names, order and types of `Policy` and the bits of `Flag`, as the C++ header states them."""
+    header = (ROOT / "csrc/include/moe_routing/call.h").read_text()
+    body = re.search(r"struct Policy \{(.*?)\n\};", header, re.DOTALL)
+    assert body is not None
+    fields = re.findall(r"^  (int32_t|float) (\w+);", body[1], re.MULTILINE)
+    assert tuple(name for _, name in fields) == WORDS
+    assert {name for kind, name in fields if kind == "float"} == FLOATS
+    flags = re.search(r"enum Flag : int32_t \{(.*?)\n\};", header, re.DOTALL)
+    assert flags is not None
+    values = re.findall(r"k(\w+) = (\d+),", flags[1])
+    assert {name.lower(): int(value) for name, value in values} == {
+        flag.name.lower().replace("_", ""): flag.value for flag in Flag if flag.name
+    }
 
 
 # --- tables ------------------------------------------------------------------------------------

@@ -216,7 +216,8 @@ def test_rerouting_never_adds_active_experts(case: Case) -> None:
         assert set(got.topk_ids[row].tolist()) <= union | {*case.topk_ids[row].tolist(), FREE}
     touched = {int(j) for row in case.live for j in got.topk_ids[row]} - {FREE}
     assert got.active.item() == len(touched)
-    assert union <= touched
+    if all(spec["kind"] != "rule" for spec in case.specs):  # rows that fill U may be cut short
+        assert union <= touched
 
 
 @brief
@@ -280,6 +281,7 @@ def test_one_live_row_under_oea_is_pruned_as_by_topk(
         {
             **OEA_2,
             "k0": spec["k0"],
+            "c": spec["c"],
             "k_max": None if k_max is None else min(k_max, case.top_k),
             "max_rank": min(max_rank, case.num_experts),
         }
@@ -554,13 +556,7 @@ def test_reroute_needs_no_value_of_any_tensor_on_the_host(num_rows: int) -> None
             fake(case.topk_ids),
             fake(case.topk_weights),
             fake(plan),
-            replace(
-                table,
-                starts=fake(table.starts),
-                kind=fake(table.kind),
-                parameters={name: fake(values) for name, values in table.parameters.items()},
-                similarity=fake(table.similarity),
-            ),
+            replace(table, words=fake(table.words), similarity=fake(table.similarity)),
             renormalize=True,
         )
     assert got.topk_ids.shape == case.topk_ids.shape
@@ -597,9 +593,8 @@ def test_inputs_are_not_modified(case: Case) -> None:
         case.topk_ids,
         case.topk_weights,
         plan,
-        table.kind,
+        table.words,
         table.similarity,
-        *table.parameters.values(),
     ]
     copies = [tensor.clone() for tensor in inputs]
     got = reroute(

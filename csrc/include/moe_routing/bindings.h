@@ -11,6 +11,7 @@
 namespace moe_routing::bindings {
 
 using tvm::ffi::Optional;
+using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
 inline std::string shape_of(TensorView tensor) {
@@ -98,7 +99,7 @@ class Checker {
   void check_device(TensorView tensor, const char* name) const {
     const DLDevice found = tensor.device();
     check(found.device_type == device_.device_type && found.device_id == device_.device_id, name,
-          "the device of the scores");
+          "the device of the policies");
   }
 
   void check_rows(TensorView tensor, const char* name, int64_t rows, int64_t columns) const {
@@ -118,7 +119,7 @@ class Checker {
 };
 
 inline Scoring scoring_of(int64_t value) {
-  check(value >= 0 && value <= static_cast<int64_t>(Scoring::given), "scoring", "0 to 3");
+  check(value >= 0 && value < static_cast<int64_t>(Scoring::given), "scoring", "0 to 2");
   return static_cast<Scoring>(value);
 }
 
@@ -129,81 +130,129 @@ inline FreeSlots free_slots_of(int64_t value) {
 }
 
 inline void check_limits(const Call& call) {
-  check(call.num_experts >= 1 && call.num_experts <= kMaxExperts, "scores", "1 to 512 experts");
-  check(call.top_k >= 1 && call.top_k <= kMaxTopK, "out_ids", "a top_k of 1 to 16");
-  check(call.top_k <= call.num_experts, "out_ids", "a top_k of at most the number of experts");
+  if (call.num_experts < 1 || call.num_experts > kMaxExperts) {
+    fail("union", "1 to " + std::to_string(kMaxExperts) + " experts");
+  }
+  if (call.top_k < 1 || call.top_k > kMaxTopK) {
+    fail("top_k", "1 to " + std::to_string(kMaxTopK));
+  }
+  check(call.top_k <= call.num_experts, "top_k", "at most the number of experts");
   const bool divides = call.num_groups >= 1 && call.num_experts % call.num_groups == 0;
   check(divides && call.num_groups <= kMaxGroups, "num_groups",
         "a divisor of the number of experts, at most 32");
   check(call.top_groups >= 1 && call.top_groups <= call.num_groups, "top_groups",
         "1 to num_groups");
-  check(!call.chooses || (call.num_groups == 1 && call.bias == nullptr), "topk_ids",
-        "the engine's choice: only plain routers are chosen for here");
 }
 
-// Shapes: scores and gates [rows, experts]; topk_ids, topk_weights, out_ids and out_weights
-// [rows, top_k]; policy_ids [rows]; policies [num_policies, steps, 12];
-// similarity [artifacts, experts, experts]; bias and out_union [experts]; statistics [6].
-// topk_ids and topk_weights are absent where this call makes the choice.
-inline Call make_call(TensorView scores, Optional<TensorView> gates, Optional<TensorView> bias,
-                      Optional<TensorView> topk_ids, Optional<TensorView> topk_weights,
-                      TensorView policy_ids, TensorView policies, TensorView similarity,
-                      TensorView out_ids, TensorView out_weights, TensorView out_union,
-                      Optional<TensorView> statistics, int64_t scoring,
-                      int64_t num_groups, int64_t top_groups, bool renormalize, double scale,
-                      int64_t free_slots) {
-  check_dimensions(scores, "scores", 2);
-  check_dimensions(out_ids, "out_ids", 2);
-  check_dimensions(policies, "policies", 3);
-  check_dimensions(similarity, "similarity", 3);
-  const Checker checker(scores.device());
-  const int64_t rows = scores.size(0);
-  const int64_t experts = scores.size(1);
-  const int64_t top_k = out_ids.size(1);
-  const int64_t num_policies = policies.size(0);
-  const int64_t steps = policies.size(1);
-  check(rows <= kMaxRows, "scores", "at most 65535 rows");
+// What all calls of one layer have in common, checked once. Owns its tensors.
+//
+// Shapes: policies [num_policies, steps, 12]; similarity [artifacts, experts, experts];
+// out_union [experts]; statistics [parts, 6], of which a call adds to one part or to none.
+class Layer {
+ public:
+  Layer(Tensor policies, Tensor similarity, Tensor out_union, Optional<Tensor> statistics,
+        Optional<Tensor> workspace, int64_t workspace_words, int64_t top_k, int64_t scoring,
+        int64_t num_groups, int64_t top_groups, bool renormalize, double scale, int64_t free_slots)
+      : checker_(policies.device()),
+        policies_(std::move(policies)),
+        similarity_(std::move(similarity)),
+        union_(std::move(out_union)),
+        statistics_(std::move(statistics)),
+        workspace_(std::move(workspace)) {
+    check_dimensions(policies_, "policies", 3);
+    check_dimensions(similarity_, "similarity", 3);
+    check_dimensions(union_, "union", 1);
+    const int64_t experts = union_.size(0);
+    const int64_t num_policies = policies_.size(0);
+    const int64_t steps = policies_.size(1);
+    call_.num_experts = to_int32(experts, "union");
+    call_.top_k = to_int32(top_k, "top_k");
+    call_.scoring = scoring_of(scoring);
+    call_.num_groups = to_int32(num_groups, "num_groups");
+    call_.top_groups = to_int32(top_groups, "top_groups");
+    call_.renormalize = renormalize;
+    call_.scale = static_cast<float>(scale);
+    call_.free_slots = free_slots_of(free_slots);
+    call_.num_steps = to_int32(steps, "policies");
+    call_.num_policies = to_int32(num_policies, "policies");
+    call_.policies = reinterpret_cast<const Policy*>(checker_.dense<int32_t>(
+        policies_, "policies", kDLInt, {num_policies, steps, kPolicyWords}));
+    call_.similarity = checker_.dense<float>(similarity_, "similarity", kDLFloat,
+                                             {similarity_.size(0), experts, experts});
+    call_.out_union = checker_.dense<uint8_t>(union_, "union", kDLBool, {experts});
+    if (statistics_.has_value()) {
+      const Tensor sums = *statistics_;
+      check_dimensions(sums, "statistics", 2);
+      num_parts_ = sums.size(0);
+      call_.statistics = checker_.dense<int64_t>(sums, "statistics", kDLInt,
+                                                 {num_parts_, kNumStatistics});
+    }
+    if (workspace_.has_value()) {
+      const Tensor words = *workspace_;
+      call_.workspace = reinterpret_cast<uint32_t*>(
+          checker_.dense<int32_t>(words, "workspace", kDLInt, {workspace_words}));
+    }
+    check_limits(call_);
+  }
 
-  Call call;
-  call.num_rows = static_cast<int32_t>(rows);
-  call.num_experts = static_cast<int32_t>(experts);
-  call.top_k = static_cast<int32_t>(top_k);
-  call.scores = checker.floats(scores, "scores", rows, experts);
-  call.scoring = scoring_of(scoring);
-  check(gates.has_value() == (call.scoring == Scoring::given), "gates",
-        "a tensor if and only if scoring is 'given'");
-  if (gates.has_value()) call.gates = checker.floats(*gates, "gates", rows, experts);
-  if (bias.has_value()) call.bias = checker.dense<float>(*bias, "bias", kDLFloat, {experts});
-  call.num_groups = static_cast<int32_t>(num_groups);
-  call.top_groups = static_cast<int32_t>(top_groups);
-  call.renormalize = renormalize;
-  call.scale = static_cast<float>(scale);
-  call.free_slots = free_slots_of(free_slots);
-  check(topk_ids.has_value() == topk_weights.has_value(), "topk_weights",
-        "a tensor if and only if topk_ids is one");
-  call.chooses = !topk_ids.has_value();
-  if (topk_ids.has_value()) {
-    call.topk_ids = checker.ids(*topk_ids, "topk_ids", rows, top_k);
-    call.topk_weights = checker.floats(*topk_weights, "topk_weights", rows, top_k);
+  // One call, which writes into topk_ids and topk_weights. Only what may differ between calls is
+  // checked; a bias may, because an update of the weights may replace it.
+  //
+  // Shapes: scores and gates [rows, experts]; topk_ids and topk_weights [rows, top_k];
+  // policy_ids [rows]; bias [experts]. With gates, scores are what the router ranks by.
+  Call call(TensorView scores, TensorView topk_ids, TensorView topk_weights, TensorView policy_ids,
+            int64_t part, const Optional<TensorView>& bias,
+            const Optional<TensorView>& gates) const {
+    check_dimensions(scores, "scores", 2);
+    const int64_t rows = scores.size(0);
+    if (rows > kMaxRows) fail("scores", "at most " + std::to_string(kMaxRows) + " rows");
+    const int64_t experts = call_.num_experts;
+    Call call = call_;
+    call.num_rows = static_cast<int32_t>(rows);
+    call.scores = checker_.floats(scores, "scores", rows, experts);
+    call.topk_ids = checker_.ids(topk_ids, "topk_ids", rows, call.top_k);
+    call.topk_weights = checker_.floats(topk_weights, "topk_weights", rows, call.top_k);
+    check_apart(call.topk_ids.stride, call, "topk_ids");
+    check_apart(call.topk_weights.stride, call, "topk_weights");
+    call.out_ids = call.topk_ids;
+    call.out_weights = call.topk_weights;
+    call.policy_ids = checker_.dense<int32_t>(policy_ids, "policy_ids", kDLInt, {rows});
+    if (part < 0) {
+      call.statistics = nullptr;
+    } else {
+      check(part < num_parts_, "part", "one that the statistics have");
+      call.statistics += part * kNumStatistics;
+    }
+    if (bias.has_value()) call.bias = checker_.dense<float>(*bias, "bias", kDLFloat, {experts});
+    if (gates.has_value()) {
+      call.gates = checker_.floats(*gates, "gates", rows, experts);
+      call.scoring = Scoring::given;
+      call.num_groups = call.top_groups = 1;
+      call.bias = nullptr;
+    }
+    return call;
   }
-  call.out_ids = checker.ids(out_ids, "out_ids", rows, top_k);
-  call.out_weights = checker.floats(out_weights, "out_weights", rows, top_k);
-  check(call.chooses || call.topk_weights.type == call.out_weights.type, "out_weights",
-        "the element type of topk_weights");
-  call.policy_ids = checker.dense<int32_t>(policy_ids, "policy_ids", kDLInt, {rows});
-  call.num_steps = static_cast<int32_t>(steps);
-  call.num_policies = static_cast<int32_t>(num_policies);
-  call.policies = reinterpret_cast<const Policy*>(
-      checker.dense<int32_t>(policies, "policies", kDLInt, {num_policies, steps, kPolicyWords}));
-  call.similarity = checker.dense<float>(similarity, "similarity", kDLFloat,
-                                         {similarity.size(0), experts, experts});
-  call.out_union = checker.dense<uint8_t>(out_union, "out_union", kDLBool, {experts});
-  if (statistics.has_value()) {
-    call.statistics =
-        checker.dense<int64_t>(*statistics, "statistics", kDLInt, {kNumStatistics});
+
+  DLDevice device() const { return policies_.device(); }
+
+ private:
+  static int32_t to_int32(int64_t value, const char* name) {
+    check(value >= 0 && value <= INT32_MAX, name, "fewer than 2^31");
+    return static_cast<int32_t>(value);
   }
-  check_limits(call);
-  return call;
-}
+
+  static void check_apart(int32_t stride, const Call& call, const char* name) {
+    check(call.num_rows <= 1 || stride >= call.top_k, name, "rows that do not overlap");
+  }
+
+  Call call_;
+  int64_t num_parts_ = 0;
+  Checker checker_;
+  Tensor policies_;
+  Tensor similarity_;
+  Tensor union_;
+  Optional<Tensor> statistics_;
+  Optional<Tensor> workspace_;
+};
 
 }  // namespace moe_routing::bindings

@@ -15,8 +15,8 @@
 
 namespace moe_routing {
 
-constexpr int kMaxExperts = 512;
-constexpr int kMaxTopK = 16;
+constexpr int kMaxExperts = 1024;
+constexpr int kMaxTopK = 32;  // a lane of a warp each
 constexpr int kMaxGroups = 32;
 constexpr int kQuanta = 65536;   // most demand of one row for one expert
 constexpr int kMaxRows = 65535;  // of a call: their demand for one expert fits 32 bits
@@ -26,8 +26,6 @@ constexpr int kUnionWords = kMaxExperts / 32;
 
 enum class FloatType : int32_t { float32, bfloat16, float16 };
 
-enum class Kind : int32_t { vanilla, topk, oea, sere, budget };
-
 // From logits to gates. `given`: scores and gates both come from the caller.
 enum class Scoring : int32_t { softmax, sigmoid, sqrtsoftplus, given };
 
@@ -35,21 +33,29 @@ enum class Scoring : int32_t { softmax, sigmoid, sqrtsoftplus, given };
 // row's first slot.
 enum class FreeSlots : int32_t { ignored, repeat_first };
 
+// Bits of Policy::flags.
+enum Flag : int32_t {
+  kReroutes = 1,         // without it a row is vanilla, and no other word counts
+  kMoves = 2,            // slots move to stand-ins; else the row takes experts in its own order
+  kCompensates = 4,      // the policy gives a compensation; else the model's weights count
+  kHasCoefficients = 8,  // a moved slot is weighed by the matrix that follows its artifact's
+};
+
 // What one policy does at one step of the number of live rows: twelve 32-bit words of the policy
-// table, an int32 tensor [num_policies, num_steps, 12].
+// table, an int32 tensor [num_policies, num_steps, 12]. `Rule` in policies/rule.py says more.
 struct Policy {
-  Kind kind;
-  int32_t count;        // experts that a row is guaranteed: k0 of topk, oea and budget, S of sere
-  float p;              // oea: share of the gate mass at which a row needs no further expert
-  int32_t k_max;        // oea: most experts of a row
-  int32_t max_rank;     // oea: ranks from here on may not piggyback
-  float threshold;      // sere: similarity below which an expert is critical
-  int32_t artifact;     // sere, and where mapped_share > 0: which similarity matrix
-  int32_t start;        // live rows from which this step holds; the same for all policies
-  int32_t max_active;   // budget: how many experts join U by demand; at least 1
-  int32_t exponent;     // budget: 2 demands the square of a gate, 1 the gate
-  float mapped_share;   // oea, budget: share of the weight that follows lost experts
-  int32_t reserved;
+  int32_t flags;
+  int32_t k0;          // experts that a row requires,
+  float p;             // or fewer: those that hold this share of its gate mass
+  int32_t k_max;       // most experts that a row takes
+  int32_t max_rank;    // ranks from here on are not taken
+  float threshold;     // kMoves: similarity below which a slot stays
+  int32_t artifact;    // kMoves, and where mapped_share > 0: which similarity matrix
+  int32_t start;       // live rows from which this step holds; the same for all policies
+  int32_t max_active;  // how many experts join U by demand; 0: the row demands none
+  int32_t exponent;    // of a gate in the demand: 0, 1 or 2
+  float mapped_share;  // share of the weight that follows lost experts
+  float compensation;  // share of the lost weight that stays; kMoves: factor on moved slots
 };
 constexpr int kPolicyWords = 12;
 static_assert(sizeof(Policy) == 4 * kPolicyWords, "the words of one policy in the table");
@@ -86,7 +92,6 @@ struct Call {
   bool renormalize = true;
   float scale = 1.0f;
 
-  bool chooses = false;    // whether this call makes the choice, else:
   IdRows topk_ids;         // the engine's choice
   FloatRows topk_weights;  // its weights
 

@@ -7,17 +7,18 @@
 // A call has two passes with a barrier of all rows between them:
 //   decide   what the row insists on; the union over all live rows is U
 //   settle   which experts and weights the row ends up with, given U
-// Between them the experts that the call's budget rows demand most, as many as the largest of their
-// `max_active`, join U; `least_demand` says from which demand on.
+// Between them the experts that rows demand most, as many as the largest of their `max_active`, join
+// U; `least_demand` says from which demand on.
 //
 // `Row` offers
-//   call(), kind(), policy()            the data; the row's policy, which a vanilla row may lack
+//   call(), policy(), is(flag)          the data; the row's policy, which a vanilla row may lack
 //   get(slots, t), put(slots, t, v)     one slot, the same for all lanes
 //   at(slots, t)                        a slot inside the function given to `which` or `write`
 //   which(f)                            bit mask of the slots t for which f(t) holds
-//   sum(floats)                         sum over the slots
+//   sum(floats), sum_first(floats, n)   sum over the slots, or over the first n
 //   open()                              read the row's scores, unless done; every expert is then
 //                                       in the pool
+//   reopen()                            the same in pass 2, where a backend may have let go of them
 //   softmax()                           the row's denominators, known after `open`; only for a
 //                                       backend that makes a new row for pass 2
 //   rank_base(order)                    the engine's valid choices, best first, leave the pool for
@@ -32,7 +33,9 @@
 //   require(ids, n), require_base()     put experts into U
 //   add_demand(f)                       f(t) gives the {id, quanta} by which slot t raises demand;
 //                                       the row's max_active counts from now on
-//   in_union(e), nearest(u)             read U: membership; the most similar expert to u in U
+//   in_union(e), nearest(u)             read U: membership; the most similar expert to u in U, u
+//                                       itself at -inf if U is empty
+//   coefficient(u, v)                   what a slot of u weighs on v
 //   nearest_slot(u, ids, n)             which of the first n ids is the most similar to u; ties
 //                                       go to the lowest id, here and above
 //   expect_neighbours(ids)              a hint that the two above will be asked for these
@@ -120,12 +123,11 @@ MOE_ROUTING_FN const Policy* find_policy(const Call& call, int policy_id, int st
 }
 
 template <class Row>
-MOE_ROUTING_FN int num_guaranteed(Row& row, const typename Row::Ints& order) {
+MOE_ROUTING_FN int num_required(Row& row, const typename Row::Ints& order) {
   const int k = row.call().top_k;
-  if (row.kind() == Kind::vanilla) return k;
   const Policy& policy = row.policy();
-  const int count = smaller(policy.count, k);
-  if (row.kind() != Kind::oea || policy.p >= 1.0f) return count;
+  const int count = smaller(policy.k0, k);
+  if (policy.p >= 1.0f) return count;
   const auto gates = row.gates_of(order, k);  // OEA, Algorithm 2, phase 1
   const float total = row.gate_total();
   float mass = 0.0f;
@@ -142,7 +144,7 @@ MOE_ROUTING_FN int num_guaranteed(Row& row, const typename Row::Ints& order) {
 MOE_ROUTING_FN uint32_t quanta_of(float share, int exponent) {
   if (!(share > 0.0f)) return 0;  // NaN too
   const float capped = share < 1.0f ? share : 1.0f;
-  const float utility = exponent == 2 ? capped * capped : capped;
+  const float utility = exponent == 2 ? capped * capped : exponent == 1 ? capped : 1.0f;
   const uint32_t quanta = static_cast<uint32_t>(utility * kQuanta + 0.5f);
   return quanta > 0 ? quanta : 1;
 }
@@ -164,54 +166,38 @@ MOE_ROUTING_FN uint32_t least_demand(int wanted, int num_rows, Count count) {
   return least;
 }
 
-// Whether part of the row's weight follows the experts that it loses.
-template <class Row>
-MOE_ROUTING_FN bool maps_weights(Row& row) {
-  const bool can = row.kind() == Kind::oea || row.kind() == Kind::budget;
-  return can && row.policy().mapped_share > 0.0f;
-}
+// What pass 1 found of a row.
+struct Decision {
+  int num_required = 0;   // experts of its order that it insists on
+  bool is_whole = false;  // whether its choice holds top_k distinct experts
+};
 
-// Pass 1. Fills `order`, the row's first top_k experts in rank order, and returns how many of them
-// it insists on. A vanilla row whose choice the engine made insists on that choice as it stands;
-// its order is not needed and not made.
+// Pass 1. Fills `order`, the row's first top_k experts in rank order. A vanilla row insists on the
+// engine's choice as it stands; its order is not needed and not made.
 template <class Row>
-MOE_ROUTING_FN int decide(Row& row, typename Row::Ints& order) {
+MOE_ROUTING_FN Decision decide(Row& row, typename Row::Ints& order) {
   const Call& call = row.call();
-  if (!call.chooses && row.kind() == Kind::vanilla) {
+  Decision decision;
+  if (!row.is(kReroutes)) {
     row.require_base();
-    return 0;
+    return decision;
   }
   row.open();
+  int n = row.rank_base(order);
+  decision.is_whole = n == call.top_k;
   MOE_ROUTING_ROLLED
-  for (int n = row.rank_base(order); n < call.top_k; ++n) row.put(order, n, row.pop());
-  if (row.kind() == Kind::sere || maps_weights(row)) row.expect_neighbours(order);
-  const int guaranteed = num_guaranteed(row, order);
-  row.require(order, guaranteed);
-  if (row.kind() == Kind::budget) {
+  for (; n < call.top_k; ++n) row.put(order, n, row.pop());
+  if (row.is(kMoves) || row.policy().mapped_share > 0.0f) row.expect_neighbours(order);
+  decision.num_required = num_required(row, order);
+  row.require(order, decision.num_required);
+  if (row.policy().max_active > 0) {
     const auto gates = row.gates_of(order, call.top_k);
     const auto shares = gates / row.sum(gates);
     const int exponent = row.policy().exponent;
     row.add_demand(
         [&](int t) { return Demand{row.at(order, t), quanta_of(row.at(shares, t), exponent)}; });
   }
-  return guaranteed;
-}
-
-// The weights that the model gives experts with these gates.
-template <class Row>
-MOE_ROUTING_FN typename Row::Floats weigh(Row& row, const typename Row::Floats& gates) {
-  const Call& call = row.call();
-  if (!call.renormalize) return gates * call.scale;
-  const float total = row.sum(gates);
-  const float wanted = call.chooses ? call.scale : row.sum(row.base_weights());
-  return total > 0.0f ? gates / total * wanted : gates;
-}
-
-// The weights of the row's own choice.
-template <class Row>
-MOE_ROUTING_FN typename Row::Floats weigh_base(Row& row, const typename Row::Ints& base) {
-  if (!row.call().chooses) return row.base_weights();
-  return weigh(row, row.gates_of(base, row.call().top_k));
+  return decision;
 }
 
 // Count the experts that the row had and has, and the slots whose expert it no longer uses.
@@ -230,25 +216,43 @@ MOE_ROUTING_FN void tally(Row& row, const typename Row::Ints& base, const typena
   row.add_moved(popcount(moved));
 }
 
-// OEA, budget: after the guaranteed experts come those of U, in the row's own order of preference.
-// Fills `chosen`, which starts as `order`, and returns how many experts the row has then.
+// Whether the row's whole choice is loaded and nothing cuts it: the row then stays as it is.
 template <class Row>
-MOE_ROUTING_FN int piggyback(Row& row, const typename Row::Ints& order, int guaranteed,
-                             typename Row::Ints& chosen) {
+MOE_ROUTING_FN bool keeps_base(Row& row, const typename Row::Ints& order, bool is_whole) {
+  const int k = row.call().top_k;
+  const Policy& policy = row.policy();
+  if (!is_whole) return false;
+  if (!row.is(kMoves) && smaller(policy.k_max, policy.max_rank) < k) return false;
+  return row.which([&](int t) { return !row.in_union(row.at(order, t)); }) == 0;
+}
+
+// How many experts a row has taken, and how many of them, the first, are of its own top_k.
+struct Taken {
+  int count = 0;
+  int own = 0;
+};
+
+// After the required experts come those of U, in the row's own order of preference. Fills `chosen`,
+// which starts as `order`.
+template <class Row>
+MOE_ROUTING_FN Taken take(Row& row, const typename Row::Ints& order, int num_required,
+                          typename Row::Ints& chosen) {
   const int k = row.call().top_k;
   const int num_experts = row.call().num_experts;
-  const bool is_limited = row.kind() == Kind::oea;
-  const int limit = is_limited ? smaller(row.policy().k_max, k) : k;
-  const int max_rank = is_limited ? smaller(row.policy().max_rank, num_experts) : num_experts;
+  const int limit = smaller(row.policy().k_max, k);
+  const int max_rank = smaller(row.policy().max_rank, num_experts);
+  int n = num_required;
+  if (n >= limit) return {n, n};
   unsigned loaded = row.which([&](int t) {
-    return t >= guaranteed && t < max_rank && row.in_union(row.at(order, t));
+    return t >= num_required && t < max_rank && row.in_union(row.at(order, t));
   });
-  int n = guaranteed;
   MOE_ROUTING_ROLLED
   for (int t = 0; loaded != 0 && n < limit; ++t, loaded >>= 1) {
     if (loaded & 1u) row.put(chosen, n++, row.get(order, t));
   }
-  if (n >= limit || max_rank <= k) return n;
+  const int own = n;
+  if (n >= limit || max_rank <= k) return {n, own};
+  row.reopen();
   MOE_ROUTING_ROLLED
   for (int t = 0; t < k; ++t) row.remove(row.get(order, t));
   row.keep_union();
@@ -258,30 +262,34 @@ MOE_ROUTING_FN int piggyback(Row& row, const typename Row::Ints& order, int guar
     if (max_rank < num_experts && k + row.num_before(expert) >= max_rank) break;
     row.put(chosen, n++, expert);
   }
-  return n;
+  return {n, own};
 }
 
 // The slots that the row came with; an invalid id becomes `first`, and weighs nothing.
 template <class Row>
 MOE_ROUTING_FN typename Row::Ints own_slots(Row& row, const typename Row::Ints& base, int first) {
   typename Row::Ints ids = base;
-  const unsigned invalid = row.which([&](int t) { return row.at(base, t) < 0; });
-  for (int t = 0; invalid >> t != 0; ++t) {
-    if (invalid >> t & 1u) row.put(ids, t, first);
-  }
+  unsigned invalid = row.which([&](int t) { return row.at(base, t) < 0; });
+  for (; invalid != 0; invalid &= invalid - 1) row.put(ids, lowest_bit(invalid), first);
   return ids;
 }
 
 // SERE: a slot whose expert nobody loads moves to the most similar expert of U, unless that is not
-// similar enough. A row's first S experts are in U, so they stay by themselves.
+// similar enough. What a row requires is in U, so it stays by itself.
 template <class Row>
-MOE_ROUTING_FN void move_to_stand_ins(Row& row, typename Row::Ints& ids) {
-  const unsigned homeless = row.which([&](int t) { return !row.in_union(row.at(ids, t)); });
+MOE_ROUTING_FN void move_to_stand_ins(Row& row, typename Row::Ints& ids,
+                                      typename Row::Floats& weights) {
+  unsigned homeless = row.which([&](int t) { return !row.in_union(row.at(ids, t)); });
   MOE_ROUTING_ROLLED
-  for (int t = 0; homeless >> t != 0; ++t) {
-    if ((homeless >> t & 1u) == 0) continue;
-    const Neighbour nearest = row.nearest(row.get(ids, t));
-    if (!(nearest.similarity < row.policy().threshold)) row.put(ids, t, nearest.id);
+  for (; homeless != 0; homeless &= homeless - 1) {
+    const int t = lowest_bit(homeless);
+    const int expert = row.get(ids, t);
+    const Neighbour nearest = row.nearest(expert);
+    if (nearest.similarity < row.policy().threshold) continue;
+    const float share = row.is(kHasCoefficients) ? row.coefficient(expert, nearest.id)
+                                                 : row.policy().compensation;
+    row.put(ids, t, nearest.id);
+    row.put(weights, t, row.get(weights, t) * share);
   }
 }
 
@@ -321,36 +329,51 @@ MOE_ROUTING_FN typename Row::Floats map_weights(Row& row, const typename Row::In
   return weights;
 }
 
-// Pass 2. `order` and `guaranteed` are what `decide` made of the row. The row ends with distinct
+// The weights of the `taken` experts, whose gates are `gates`. Where the policy says how much of the
+// lost weight stays, they add up to the row's own sum, less what is given up.
+template <class Row>
+MOE_ROUTING_FN typename Row::Floats weigh(Row& row, const typename Row::Ints& order,
+                                          const typename Row::Floats& gates, const Taken& taken) {
+  const Call& call = row.call();
+  const bool compensates = row.is(kCompensates);
+  if (!call.renormalize && !compensates) return gates * call.scale;
+  float wanted = row.sum(row.base_weights());
+  const float share = row.policy().compensation;
+  if (compensates && share < 1.0f) {
+    const float total = row.sum(row.gates_of(order, call.top_k));
+    const float kept = total > 0.0f ? row.sum_first(gates, taken.own) / total : 1.0f;
+    wanted *= kept + share * (1.0f - kept);
+  }
+  return gates / row.sum(gates) * wanted;
+}
+
+// Pass 2. `order` and `decision` are what `decide` made of the row. The row ends with distinct
 // experts; its first slot always holds one. A row whose experts have no weight keeps its base.
 template <class Row>
-MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, int guaranteed) {
+MOE_ROUTING_FN void settle(Row& row, const typename Row::Ints& order, const Decision& decision) {
   const Call& call = row.call();
-  const Kind kind = row.kind();
-  const bool is_untouched = kind == Kind::vanilla && !call.chooses;
-  const typename Row::Ints base = call.chooses ? order : row.base_ids();
-  if (is_untouched) {
+  const typename Row::Ints base = row.base_ids();
+  if (!row.is(kReroutes) || keeps_base(row, order, decision.is_whole)) {
     tally(row, base, base, call.top_k);
     return row.copy_base();
   }
-  const bool piggybacks = kind == Kind::oea || kind == Kind::budget;
-  if (piggybacks || call.num_groups > 1) row.open();
+  if (call.num_groups > 1) row.reopen();
   typename Row::Ints ids = order;
-  int n = kind == Kind::topk ? guaranteed : kind == Kind::sere ? 0 : call.top_k;
-  if (piggybacks) n = piggyback(row, order, guaranteed, ids);
+  Taken taken;
+  if (!row.is(kMoves)) taken = take(row, order, decision.num_required, ids);
+  int n = taken.count;
   const auto gates = row.gates_of(ids, n);
-  auto weights = weigh(row, gates);
-  const bool has_weight = row.which([&](int t) { return row.at(gates, t) > 0.0f; }) != 0;
-  if (!has_weight || maps_weights(row)) {
-    const auto own = weigh_base(row, base);
-    if (!has_weight) {  // nor has any row under sere, which starts from its base
-      n = call.top_k;
-      ids = own_slots(row, base, row.get(order, 0));
-      weights = own;
-      if (kind == Kind::sere) move_to_stand_ins(row, ids);
-      merge(row, ids, weights);
-    } else {
-      weights = map_weights(row, base, own, ids, n, weights);
+  typename Row::Floats weights;
+  if (row.which([&](int t) { return row.at(gates, t) > 0.0f; }) == 0) {
+    n = call.top_k;
+    ids = own_slots(row, base, row.get(order, 0));
+    weights = row.base_weights();
+    if (row.is(kMoves)) move_to_stand_ins(row, ids, weights);
+    merge(row, ids, weights);
+  } else {
+    weights = weigh(row, order, gates, taken);
+    if (row.policy().mapped_share > 0.0f) {
+      weights = map_weights(row, base, row.base_weights(), ids, n, weights);
     }
   }
   tally(row, base, ids, n);
