@@ -7,7 +7,6 @@ token by token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from sglang_moe_routing.artifacts import SimilarityArtifact
 from sglang_moe_routing.policies import FreeSlots, Policy, Router, build_table, reroute
 
 
@@ -31,22 +31,22 @@ class ParallelForward:
         self.batch_size = batch_size
         self.prefix_len = prefix_len
         self.policy: Policy
-        self.matrices: Mapping[int, Tensor]
+        self.artifact: SimilarityArtifact | None = None
         self.active: list[Tensor] = []
         for layer, block in enumerate(self.model.model.layers):
             _RoutedBlock(self, layer, block.mlp)
 
     def run(
-        self, rows: Tensor, policy: Policy, matrices: Mapping[int, Tensor] | None = None
+        self, rows: Tensor, policy: Policy, artifact: SimilarityArtifact | None = None
     ) -> tuple[Tensor, float]:
         """Mean loss of each sequence (float64, nats), and T.
 
         Args:
             rows: int64 ``[num_sequences, length + 1]``, batch by batch. The first
                 ``prefix_len + 1`` tokens are given, each later one is scored.
-            matrices: similarity by layer, if the policy uses it.
+            artifact: if the policy uses one.
         """
-        self.policy, self.matrices, self.active = policy, matrices or {}, []
+        self.policy, self.artifact, self.active = policy, artifact, []
         with torch.no_grad():
             losses = torch.cat([self._losses(batch) for batch in rows.split(self.batch_size)])
         return losses, float(torch.stack(self.active).double().mean())
@@ -76,14 +76,19 @@ class _RoutedBlock:
     def _route(self, experts: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         """Change the arguments of the experts: hidden states, top-k ids, top-k weights."""
         hidden, ids, weights = arguments
-        forward, matrix = self._forward, self._forward.matrices.get(self._layer)
+        forward, artifact = self._forward, self._forward.artifact
         table = build_table(
             [forward.policy],
             layer=self._layer,
             top_k=ids.shape[1],
             num_experts=self._logits.shape[1],
-            similarity={} if matrix is None else {"": matrix},
-            artifacts=[None if matrix is None else ""],
+            similarity={"": artifact.matrices[self._layer]} if artifact else {},
+            coefficients=(
+                {"": artifact.coefficients[self._layer]}
+                if artifact and artifact.coefficients
+                else {}
+            ),
+            artifacts=["" if artifact else None],
         )
         scores, gates = (self._by_sequence(x) for x in Router().score(self._logits))
         ids, weights = self._by_sequence(ids.clone()), self._by_sequence(weights.clone())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..artifacts import METRICS
 from ..errors import BenchError
 from ..text import TokenizedText
 from .measure import Evaluation, Interval, Measured, Setting, increase
@@ -26,9 +27,6 @@ COMPENSATIONS = (0.8, 0.6, 0.4)
 MAPPED_SHARE = 0.3
 LOWEST_SIMILARITY = -1e9
 """A threshold that every similarity reaches: the primaries alone decide T."""
-
-LEAST_SQUARES = "least_squares"
-"""The metric whose artifacts hold a coefficient for the weight of a moved slot."""
 
 KINDS = ("budget", "oea", "sere", "topk", "lynx", "xshare")
 
@@ -161,7 +159,8 @@ def _weighings(
     SERE takes them from the artifact.
     """
     yield "", {}
-    is_paper = metric != LEAST_SQUARES if kind == "sere" else normalizes
+    has_coefficients = metric is not None and METRICS[metric].has_coefficients
+    is_paper = not has_coefficients if kind == "sere" else normalizes
     for share in COMPENSATIONS if is_paper else (1.0, *COMPENSATIONS):
         yield f"-c{share:g}", {"compensation": share}
     if metric and kind in ("budget", "oea"):

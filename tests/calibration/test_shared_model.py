@@ -98,13 +98,13 @@ def test_policies_cost_what_was_recorded(artifact: Path) -> None:
         seed=1,
     )
     rows = text.token_ids[batches(text, Setting(16), seed=1).flatten()]
-    matrices = load_artifact(artifact).matrices
+    similarity = load_artifact(artifact)
     forward = ParallelForward(MODELS / "A", batch_size=16, prefix_len=64)
     kinds = builtin_registry()
     vanilla, _ = forward.run(rows, kinds["vanilla"]())
     for name, definition in POLICIES.items():
         policy = kinds[str(definition["kind"])].model_validate(definition)
-        losses, active = forward.run(rows, policy, matrices if policy.uses_similarity else None)
+        losses, active = forward.run(rows, policy, similarity if policy.uses_similarity else None)
         expected = recorded[name]
         assert active == pytest.approx(expected["active_experts"], abs=ACTIVE_TOLERANCE), name
         delta = float((losses - vanilla).mean())
