@@ -88,7 +88,7 @@ def fitted() -> SimilarityArtifact:
     demo_artifact = load_artifact(SIMILARITY)
     generator = torch.Generator().manual_seed(0)
     coefficients = {
-        layer: torch.rand(matrix.shape, generator=generator)
+        layer: torch.rand(matrix.shape, generator=generator).fill_diagonal_(1)
         for layer, matrix in demo_artifact.matrices.items()
     }
     return replace(demo_artifact, metric="least_squares", coefficients=coefficients)
