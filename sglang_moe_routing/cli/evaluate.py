@@ -16,10 +16,11 @@ from rich.table import Table
 
 from ..bench.machine import describe_machine
 from ..bench.server import running_server
-from ..config import LoadedConfig, load_config
+from ..config import VANILLA, LoadedConfig, load_config
 from ..errors import BenchError, EngineError, TextError
 from ..evaluation.forced import ForcedDecoder, server_flags
 from ..evaluation.measure import Evaluation
+from ..evaluation.pairs import parse_pairs
 from ..evaluation.report import Row, rows_of, write_report
 from ..evaluation.run import Result, cases, check_cases, run
 from ..integration import environment
@@ -79,6 +80,10 @@ def evaluate(
         float,
         typer.Option(min=0.0, max=0.99, help="Also measure batches with such a vanilla share."),
     ] = 0.0,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(help="Two measured policies to compare; repeatable.", metavar="A:B"),
+    ] = None,
     bench: Annotated[
         Path | None, typer.Option(help="Result of bench serve, to show TPOT beside quality.")
     ] = None,
@@ -97,6 +102,7 @@ def evaluate(
         loaded = load_config(routing_config)
         names = wanted_policies(policies, loaded.config.choosable)
         sizes = sorted(set(numbers(batch_sizes, "--batch-sizes")))
+        to_compare = parse_pairs(pairs or (), dict.fromkeys((VANILLA, *names)))
         times = read_bench(bench)
         text = tokenized(
             model,
@@ -122,7 +128,7 @@ def evaluate(
             "seed": seed,
             "server_options": context.args,
         }
-        result = Result(out / "results.json", header(model, settings))
+        result = Result(out / "results.json", header(model, settings), to_compare)
         status = stack.enter_context(errors.status("starting the server"))
         evaluation = stack.enter_context(
             measuring(
@@ -146,6 +152,7 @@ def evaluate(
         print_json(result.as_json())
     else:
         print_rows(rows_of(result.as_json(), families, times))
+        print_pairs(result.compared)
     errors.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -220,6 +227,15 @@ def model_sizes(model: str, trust_remote_code: bool) -> tuple[int, int]:
     return num_experts, top_k
 
 
+def normalizes(model: str, trust_remote_code: bool) -> bool:
+    """Whether a token's weights sum to one: unless its config says otherwise.
+
+    Raises:
+        TextError: the model's config cannot be read.
+    """
+    return bool(getattr(_model_config(model, trust_remote_code), "norm_topk_prob", True))
+
+
 def _first(config: Any, *names: str) -> int | None:
     found = (getattr(config, name, None) for name in names)
     return next((value for value in found if isinstance(value, int)), None)
@@ -284,9 +300,13 @@ def families_of(loaded: LoadedConfig) -> dict[str, str]:
 
 
 def _family(policy: Policy, artifact: str | None) -> str:
-    if artifact is None:
-        return policy.kind
-    return f"{policy.kind}, {artifact}" if policy.kind == "sere" else f"{policy.kind} + mapping"
+    compensation = getattr(policy, "compensation", None)
+    parts = [policy.kind]
+    if artifact is not None:
+        parts.append(artifact if policy.kind == "sere" else "mapping")
+    if compensation is not None:
+        parts.append(f"c = {compensation:g}")
+    return ", ".join(parts)
 
 
 def print_rows(rows: Sequence[Row]) -> None:
@@ -309,3 +329,26 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{100 * row['agreement']:.1f}"
     yield f"{row['active_experts']:.2f}"
     yield f"{row['active_experts_base']:.2f}"
+
+
+def print_pairs(compared: Sequence[Mapping[str, Any]]) -> None:
+    for section in dict.fromkeys(row["section"] for row in compared):
+        title = f"pairs of {section.replace('_', ' ')}"
+        table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
+        table.add_column("first\n- second", overflow="fold")
+        for title in ("batch", "CE", "95 % interval", "T", "T\nsecond"):
+            table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for row in compared:
+            if row["section"] == section:
+                table.add_row(f"{row['first']}\n- {row['second']}", *_pair_cells(row))
+        console.print(table)
+
+
+def _pair_cells(row: Mapping[str, Any]) -> Iterator[str]:
+    yield str(row["batch_size"])
+    yield f"{row['difference']:+.4f}"
+    yield "{:+.4f} {:+.4f}".format(*row["ci95"])
+    yield f"{row['active_experts_first']:.2f}"
+    yield f"{row['active_experts_second']:.2f}"
+    yield "" if row["told_from_0"] else "not told from 0"

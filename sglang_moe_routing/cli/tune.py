@@ -13,10 +13,12 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from ..artifacts import load_artifact
 from ..config import load_config
 from ..errors import BenchError, ConfigError
 from ..evaluation.measure import Evaluation
 from ..evaluation.tune import (
+    KINDS,
     Trial,
     Tuning,
     candidates,
@@ -41,11 +43,11 @@ from .evaluate import (
     header,
     measuring,
     model_sizes,
+    normalizes,
     tokenized,
 )
 from .output import Json, clear_errors, errors, numbers, print_json
 
-KINDS = ("budget", "oea", "sere", "topk")
 ARTIFACT = "calibrated"
 
 
@@ -84,8 +86,13 @@ def tune(
         _check_out(out, overwrite)
         sizes = sorted(set(numbers(batch_sizes, "--batch-sizes")))
         check_sizes(num_sequences, sizes)
-        num_experts, top_k = model_sizes(model, trust_remote_code)
-        found = families(num_experts, top_k, _kinds(kinds), similarity is not None)
+        metric = None if similarity is None else load_artifact(similarity).metric
+        found = families(
+            *model_sizes(model, trust_remote_code),
+            _kinds(kinds),
+            normalizes=normalizes(model, trust_remote_code),
+            metric=metric,
+        )
         text = tokenized(
             model,
             data,
@@ -235,7 +242,7 @@ def _best_lines(trials: Sequence[Trial]) -> Iterator[str]:
                 if trial.family == family and trial.batch_size == size and trial.is_safe
             ]
             best = min(safe, key=lambda trial: trial.active, default=None)
-            yield f"  batch {size}: {_line(best) if best else family + ': none is safe'}"
+            yield f"  batch {size}: {_line(best) if best else family + ': none tried is safe'}"
 
 
 def _line(trial: Trial) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import VANILLA
 from ..text import TokenizedText
 from .measure import Evaluation, Measured, Setting, batches, figures, rounding
+from .pairs import Pair, compare
 
 SECTIONS = ("policies", "same_domain", "mixed_policies")
 """Sections of the result: batches of mixed sources; of one source each; of mixed sources with a
@@ -32,19 +33,34 @@ class Result:
 
     Attributes:
         header: what the result holds besides figures: model, settings, machine, command.
+        pairs: what to compare in every section that holds both.
         figures: section -> policy -> batch size -> figures.
+        compared: one flat object per pair, section and batch size.
     """
 
     file: Path
     header: Mapping[str, Any]
+    pairs: Sequence[Pair] = ()
     figures: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    compared: list[dict[str, Any]] = field(default_factory=list)
     vanilla_rounding: Mapping[str, float] | None = None
     complete: bool = False
 
     def add(self, case: Case, found: Mapping[str, Any]) -> None:
         policies = self.figures.setdefault(case.section, {})
         policies.setdefault(case.policy, {})[str(case.setting.batch_size)] = dict(found)
+        self.compared += self._compare(case)
         self.write()
+
+    def _compare(self, case: Case) -> Iterator[dict[str, Any]]:
+        """The pairs that the figures of `case` complete."""
+        size = case.setting.batch_size
+        cells = {name: found.get(str(size)) for name, found in self.figures[case.section].items()}
+        for pair in self.pairs:
+            first, second = (cells.get(name) for name in pair)
+            if case.policy in pair and first and second:
+                place = {"section": case.section, **pair._asdict(), "batch_size": size}
+                yield {**place, **compare(first, second)}
 
     def write(self) -> None:
         self.file.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
@@ -54,6 +70,7 @@ class Result:
             "complete": self.complete,
             "policies": self.figures.get("policies", {}),
             **{name: self.figures[name] for name in SECTIONS[1:] if name in self.figures},
+            **({"pairs": self.compared} if self.pairs else {}),
             "vanilla_rounding": self.vanilla_rounding,
             **self.header,
         }

@@ -1,9 +1,10 @@
 """Search the policy with the fewest active experts within a bound on cross-entropy.
 
 Every family of policies has one number that trades T for quality, and both are monotone in it, so
-its smallest value within the bound is found by bisection, for each batch size by itself. A family
-is left once it cannot beat the best T found at a batch size. The text is split: one half decides,
-the other confirms.
+its smallest value within the bound is found by bisection, for each batch size by itself. Families
+of one kind differ in how they weigh the experts that are left, which hardly moves T: once one of
+them has its value, the others look below it only. A family is left once it cannot beat the best T
+found at a batch size. The text is split: one half decides, the other confirms.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..artifacts import METRICS
 from ..errors import BenchError
 from ..text import TokenizedText
 from .measure import Evaluation, Interval, Measured, Setting, increase
@@ -21,11 +23,15 @@ from .measure import Evaluation, Interval, Measured, Setting, increase
 BUDGET_STEPS = 32
 """Budgets are tried in steps of a 32nd of the experts."""
 
+COMPENSATIONS = (0.8, 0.6, 0.4)
 MAPPED_SHARE = 0.3
 LOWEST_SIMILARITY = -1e9
 """A threshold that every similarity reaches: the primaries alone decide T."""
 
+KINDS = ("budget", "oea", "sere", "topk", "lynx", "xshare")
+
 Definition = dict[str, Any]
+Values = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,12 @@ class Family:
 
     name: str
     knob: str
-    values: Sequence[int]
+    values: Values
     rest: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.rest["kind"])
 
     def policy(self, value: int) -> str:
         """Name of the candidate with this value."""
@@ -80,9 +90,6 @@ class Trial:
     def is_within(self) -> bool:
         return self.delta.mean <= self.limit
 
-    def helps(self, batch_size: int) -> bool:
-        return self.batch_size == batch_size and self.is_safe
-
 
 @dataclass
 class Tuning:
@@ -102,28 +109,62 @@ class Tuning:
     raised: list[int] = field(default_factory=list)
 
 
-def families(num_experts: int, top_k: int, kinds: Sequence[str], similarity: bool) -> list[Family]:
+Attempt = Callable[[Family, int, int], Trial]
+"""Measures a family's value at a batch size."""
+
+
+def families(
+    num_experts: int,
+    top_k: int,
+    kinds: Sequence[str],
+    *,
+    normalizes: bool = True,
+    metric: str | None = None,
+) -> list[Family]:
     """What can be tried on a model of this size.
 
     Args:
-        similarity: whether there is an artifact, so that weights can be mapped and SERE works.
+        normalizes: whether the model's weights of a token sum to one.
+        metric: of the similarity artifact; None if there is none, so that neither can weights be
+            mapped nor SERE work.
     """
+    return [
+        Family(f"{kind}{suffix}", knob, values, {**common, **weighing})
+        for kind, (knob, values, common) in _knobs(num_experts, top_k).items()
+        if kind in kinds and (metric or kind != "sere")
+        for suffix, weighing in _weighings(kind, normalizes, metric)
+    ]
+
+
+def _knobs(num_experts: int, top_k: int) -> dict[str, tuple[str, Values, Definition]]:
+    """Of every kind: the number to search, its values, and what all candidates have in common."""
     counts = range(1, top_k)
     step = max(1, num_experts // BUDGET_STEPS)
     budgets = range(max(step, top_k // step * step), num_experts, step)
-    found = []
-    for kind, knob, values in (("budget", "max_active", budgets), ("oea", "k0", counts)):
-        if kind in kinds:
-            found.append(Family(kind, knob, values, {"kind": kind}))
-        if kind in kinds and similarity:
-            rest = {"kind": kind, "mapped_share": MAPPED_SHARE}
-            found.append(Family(f"{kind}-mapped", knob, values, rest))
-    if "sere" in kinds and similarity:
-        rest = {"kind": "sere", "threshold": LOWEST_SIMILARITY}
-        found.append(Family("sere", "num_primary", counts, rest))
-    if "topk" in kinds:
-        found.append(Family("topk", "k0", counts, {"kind": "topk"}))
-    return found
+    knobs: dict[str, tuple[str, Values]] = {
+        **dict.fromkeys(("budget", "lynx", "xshare"), ("max_active", budgets)),
+        **dict.fromkeys(("oea", "topk"), ("k0", counts)),
+        "sere": ("num_primary", counts),
+    }
+    more = {"sere": {"threshold": LOWEST_SIMILARITY}}
+    return {kind: (*knobs[kind], {"kind": kind, **more.get(kind, {})}) for kind in KINDS}
+
+
+def _weighings(
+    kind: str, normalizes: bool, metric: str | None
+) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """Ways to weigh what is left, each with its suffix of the family's name.
+
+    The first is the paper's. A compensation of 1 is the same, except where the weights are raw or
+    SERE takes them from the artifact.
+    """
+    yield "", {}
+    has_coefficients = metric is not None and METRICS[metric].has_coefficients
+    is_paper = not has_coefficients if kind == "sere" else normalizes
+    for share in COMPENSATIONS if is_paper else (1.0, *COMPENSATIONS):
+        yield f"-c{share:g}", {"compensation": share}
+    if metric and kind in ("budget", "oea"):
+        yield "-mapped", {"mapped_share": MAPPED_SHARE}
 
 
 def candidates(found: Iterable[Family]) -> dict[str, Definition]:
@@ -165,25 +206,18 @@ def tune(
             on_trial(trials[key])
         return trials[key]
 
-    best: dict[str, list[Trial]] = {}
+    best: list[tuple[Family, list[Trial]]] = []
     for family in found:
-        safe = []
-        for size in batch_sizes:
-            to_beat = min((t.active for t in trials.values() if t.helps(size)), default=math.inf)
-            smallest = _smallest(family, size, attempt, to_beat)
-            if smallest is None:
-                break
-            safe.append(smallest)
-        else:
-            best[family.name] = safe
+        safe = _at_every_size(family, batch_sizes, attempt, best)
+        if safe is not None:
+            best.append((family, safe))
     if not best:
         raise BenchError(
             f"no policy keeps the cross-entropy within {max_increase:.2%} of vanilla's at batch "
             f"sizes {', '.join(map(str, batch_sizes))}: allow more with --max-ce-increase"
         )
-    name = min(best, key=lambda name: _merit(best[name]))
-    chosen = next(family for family in found if family.name == name)
-    values = {trial.batch_size: trial.value for trial in best[name]}
+    chosen, safe = min(best, key=lambda entry: _merit(entry[1]))
+    values = {trial.batch_size: trial.value for trial in safe}
     tuning = Tuning(chosen, values, list(trials.values()), [])
     for size in batch_sizes:
         _confirm(tuning, confirm, size, max_increase, on_trial)
@@ -215,10 +249,52 @@ def _standard_error(measured: Measured, vanilla: Measured) -> float:
     return float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
 
 
+def _at_every_size(
+    family: Family,
+    batch_sizes: Sequence[int],
+    attempt: Attempt,
+    best: Sequence[tuple[Family, Sequence[Trial]]],
+) -> list[Trial] | None:
+    """The trials of its smallest safe values; None if it cannot beat the `best` at some size."""
+    safe = []
+    for place, size in enumerate(batch_sizes):
+        to_beat = min((trials[place].active for _, trials in best), default=math.inf)
+        alike = [trials[place] for other, trials in best if other.kind == family.kind]
+        known = min(alike, key=lambda trial: trial.value, default=None)
+        smallest = (
+            _smallest(family, size, attempt, to_beat)
+            if known is None
+            else _smaller(family, size, attempt, to_beat, known)
+        )
+        if smallest is None:
+            return None
+        safe.append(smallest)
+    return safe
+
+
+def _smaller(
+    family: Family, batch_size: int, attempt: Attempt, to_beat: float, known: Trial
+) -> Trial | None:
+    """The trial of the smallest safe value down from `known`, which suits a family of its kind.
+
+    Weights alone seldom gain more than a step or two: walking takes fewer trials than bisection.
+    """
+    found = None
+    for value in reversed([value for value in family.values if value < known.value]):
+        trial = attempt(family, value, batch_size)
+        if not trial.is_safe:
+            break
+        found = trial
+    if found or known.active > to_beat:
+        return found
+    trial = attempt(family, known.value, batch_size)
+    return trial if trial.is_safe else None
+
+
 def _smallest(
     family: Family,
     batch_size: int,
-    attempt: Callable[[Family, int, int], Trial],
+    attempt: Attempt,
     to_beat: float = math.inf,
 ) -> Trial | None:
     """The trial of the smallest safe value.
@@ -240,9 +316,9 @@ def _smallest(
 
 
 def _merit(trials: Sequence[Trial]) -> tuple[float, float]:
-    """The smaller, the better: share of active experts to a tenth of a percent, then quality."""
+    """The smaller, the better: share of active experts to a percent, then quality."""
     share = sum(trial.active / trial.active_base for trial in trials) / len(trials)
-    return round(share, 3), sum(trial.delta.mean for trial in trials)
+    return round(share, 2), sum(trial.delta.mean for trial in trials)
 
 
 def _confirm(

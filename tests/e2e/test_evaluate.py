@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,9 @@ import psutil
 import pytest
 import torch
 import yaml
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from scripts import similarity_study as study
 from sglang_moe_routing import demo
-from sglang_moe_routing.artifacts import load_artifact
+from sglang_moe_routing.artifacts import SimilarityArtifact, load_artifact, save_artifact
 from sglang_moe_routing.bench.server import running_server
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.errors import BenchError, EngineError
@@ -33,19 +31,37 @@ from sglang_moe_routing.evaluation.measure import Evaluation, Setting, batches
 from sglang_moe_routing.integration import environment
 from sglang_moe_routing.policies import Policy, builtin_registry
 from sglang_moe_routing.text import TokenizedText, load_tokenizer, read_text
+from tests.parallel import ParallelForward
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [str(ROOT / "docs" / "concepts.md"), str(ROOT / "docs" / "cli.md")]
 PREFIX_LEN, NUM_STEPS, BATCH_SIZE, NUM_SEQUENCES = 24, 20, 8, 16
 SIMILARITY = demo.CONFIG.with_name("similarity.safetensors")
 
+SERE: dict[str, Any] = {
+    "kind": "sere",
+    "num_primary": 2,
+    "threshold": -1.0,
+    "similarity": "demo",
+}
 DEFINITIONS: dict[str, dict[str, Any]] = {
     "vanilla": {"kind": "vanilla"},
     "oea-k2": {"kind": "oea", "k0": 2},
-    "sere-s2": {"kind": "sere", "num_primary": 2, "threshold": 0.0},
+    "sere-s2": SERE,
     "budget": {"kind": "budget", "max_active": 20},
-    "budget-mapped": {"kind": "budget", "max_active": 20, "mapped_share": 0.3},
+    "budget-mapped": {
+        "kind": "budget",
+        "max_active": 20,
+        "mapped_share": 0.3,
+        "similarity": "demo",
+    },
     "by-rows": {"kind": "oea", "k0": {"default": 4, "rows": {4: 2}}},
+    "oea-c": {"kind": "oea", "k0": 2, "compensation": 0.6},
+    "topk-c": {"kind": "topk", "k0": 2, "compensation": 0.4},
+    "xshare": {"kind": "xshare", "max_active": 16},
+    "lynx-c": {"kind": "lynx", "max_active": 20, "compensation": 0.6},
+    "sere-c": {**SERE, "compensation": 0.4},
+    "sere-fitted": {**SERE, "similarity": "fitted"},
 }
 POLICIES: dict[str, Policy] = {
     name: builtin_registry()[definition["kind"]].model_validate(definition)
@@ -57,9 +73,30 @@ LOSS = 2e-3
 router that nearly ties may then choose another expert."""
 
 
-def config_text() -> str:
-    similarity = {"demo": str(SIMILARITY)}
-    return yaml.safe_dump({"version": 1, "similarity": similarity, "policies": DEFINITIONS})
+def write_config(folder: Path) -> Path:
+    """A config of all policies, and the artifact with coefficients that one of them uses."""
+    save_artifact(fitted(), folder / "fitted.safetensors")
+    similarity = {"demo": str(SIMILARITY), "fitted": "fitted.safetensors"}
+    file = folder / "routing.yaml"
+    config = {"version": 1, "similarity": similarity, "policies": DEFINITIONS}
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def fitted() -> SimilarityArtifact:
+    """The demo's artifact as if it had coefficients, which differ from pair to pair."""
+    demo_artifact = load_artifact(SIMILARITY)
+    generator = torch.Generator().manual_seed(0)
+    coefficients = {
+        layer: torch.rand(matrix.shape, generator=generator).fill_diagonal_(1)
+        for layer, matrix in demo_artifact.matrices.items()
+    }
+    return replace(demo_artifact, metric="least_squares", coefficients=coefficients)
+
+
+def artifact_of(policy: Policy) -> SimilarityArtifact | None:
+    name = getattr(policy, "similarity", None)
+    return {None: None, "demo": load_artifact(SIMILARITY), "fitted": fitted()}[name]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +113,9 @@ def text() -> TokenizedText:
 @pytest.fixture(scope="module")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("evaluate")
-    (folder / "routing.yaml").write_text(config_text())
     with running_server(
         demo.MODEL,
-        config=folder / "routing.yaml",
+        config=write_config(folder),
         flags=[*server_flags(BATCH_SIZE, PREFIX_LEN), "--dtype", "float32"],
         environment={environment.FORCE: "1"},
         log=folder / "log",
@@ -94,27 +130,20 @@ def evaluation(server_url: str, text: TokenizedText) -> Iterator[Evaluation]:
         yield Evaluation(decoder, text, PREFIX_LEN)
 
 
-def parallel_forward(rows: Tensor, policy: Policy) -> tuple[Tensor, float]:
-    """Mean loss of each sequence and T, from one masked forward of every batch in transformers.
-
-    Args:
-        rows: ``[num_sequences, length + 1]``, batch by batch.
-    """
-    model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=torch.float32).eval()
-    protocol = study.Protocol(group=BATCH_SIZE, prefill=PREFIX_LEN, length=rows.shape[1] - 1)
-    matrices = load_artifact(SIMILARITY).matrices if policy.uses_similarity else {}
-    measured = study.Study(model, rows, protocol).measure(study.Case(policy, [matrices]))
-    return measured.losses, measured.active
+@pytest.fixture(scope="module")
+def parallel() -> ParallelForward:
+    return ParallelForward(demo.MODEL, batch_size=BATCH_SIZE, prefix_len=PREFIX_LEN)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_losses_are_those_of_a_parallel_forward(
-    name: str, evaluation: Evaluation, text: TokenizedText
+    name: str, evaluation: Evaluation, text: TokenizedText, parallel: ParallelForward
 ) -> None:
     setting = Setting(BATCH_SIZE)
     order = batches(text, setting, evaluation.seed).flatten()
     measured = evaluation.measure(name, setting)
-    losses, active = parallel_forward(text.token_ids[order], POLICIES[name])
+    policy = POLICIES[name]
+    losses, active = parallel.run(text.token_ids[order], policy, artifact_of(policy))
     assert float((measured.losses[order].mean(dim=1) - losses).abs().max()) < LOSS
     assert float(measured.active.mean()) == pytest.approx(active, abs=0.1)
 
@@ -177,7 +206,7 @@ def command(name: str, *options: str) -> list[str]:
 
 
 def test_evaluate_writes_its_report(tmp_path: Path) -> None:
-    (tmp_path / "routing.yaml").write_text(config_text())
+    write_config(tmp_path)
     bench = {"policies": {"vanilla": {"tpot_ms": 9.0}, "oea-k2": {"tpot_ms": 6.0}}}
     (tmp_path / "bench.json").write_text(json.dumps(bench))
     out = tmp_path / "out"
@@ -187,6 +216,7 @@ def test_evaluate_writes_its_report(tmp_path: Path) -> None:
             *("--routing-config", str(tmp_path / "routing.yaml"), "--out", str(out)),
             *("--policies", "oea-k2,budget", "--batch-sizes", "1,4", "--vanilla-share", "0.5"),
             *("--same-domain", "--bench", str(tmp_path / "bench.json"), "--json"),
+            *("--pairs", "budget:oea-k2", "--pairs", "oea-k2:vanilla"),
         ),
         capture_output=True,
         text=True,
@@ -204,6 +234,17 @@ def test_evaluate_writes_its_report(tmp_path: Path) -> None:
         assert low <= found["4"]["delta"] <= high
         assert found["4"]["active_experts"] < found["4"]["active_experts_base"]
     assert result["policies"]["vanilla"]["4"]["delta"] == 0
+    for pair in result["pairs"]:
+        first, second = (
+            result[pair["section"]][pair[name]][str(pair["batch_size"])]
+            for name in ("first", "second")
+        )
+        difference = first["cross_entropy"] - second["cross_entropy"]
+        assert pair["difference"] == pytest.approx(difference, abs=1e-5)
+        assert pair["active_experts_first"] == first["active_experts"]
+        if pair["second"] == "vanilla":
+            assert pair["ci95"] == pytest.approx(first["ci95"], abs=1e-5)
+    assert len(result["pairs"]) == 2 * 2 + 2 * 2 + 1  # mixed, same domain, shared with vanilla
     assert result["vanilla_rounding"]["largest_change_of_a_sequence"] < LOSS
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert {row["section"] for row in rows} == {"policies", "same_domain", "mixed_policies"}
@@ -217,7 +258,7 @@ def test_evaluate_writes_its_report(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_dies_leaves_partial_results(tmp_path: Path) -> None:
-    (tmp_path / "routing.yaml").write_text(config_text())
+    write_config(tmp_path)
     out = tmp_path / "out"
     options = ("--routing-config", str(tmp_path / "routing.yaml"), "--out", str(out))
     process = subprocess.Popen(
@@ -240,7 +281,7 @@ def test_an_engine_that_dies_leaves_partial_results(tmp_path: Path) -> None:
 
 
 def test_a_command_that_is_ended_leaves_no_server(tmp_path: Path) -> None:
-    (tmp_path / "routing.yaml").write_text(config_text())
+    write_config(tmp_path)
     options = ("--routing-config", str(tmp_path / "routing.yaml"), "--out", str(tmp_path / "out"))
     arguments = command("evaluate", *options, "--batch-sizes", "4")
     process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
