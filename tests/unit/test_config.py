@@ -119,7 +119,7 @@ PROBLEMS = {
     "policies: {a: {kind: oea}}": "routing.yaml:2: policies.a.k0: missing",
     "policies: {a: {kind: seer, k0: 1}}": (
         "routing.yaml:2: policies.a.kind: 'seer' is not a policy kind; "
-        "known: budget, oea, sere, topk, vanilla"
+        "known: budget, lynx, oea, sere, topk, vanilla, xshare"
     ),
     "policies: {a: {k0: 1}}": "routing.yaml:2: policies.a.kind: missing; known: budget,",
     "policies:\n  a: {kind: oea, k0: 0}": (
@@ -304,6 +304,7 @@ def test_schema_describes_every_key() -> None:
     assert set(schema["properties"]) == {
         "version",
         "default",
+        "torch_policies",
         "header",
         "clients_may_choose",
         "prefix_cache",
