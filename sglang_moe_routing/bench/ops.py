@@ -41,7 +41,9 @@ class Timing:
     """Medians over rounds, microseconds per call.
 
     The re-routing comes after the engine's top-k and adds to it. `spread_us` is the distance
-    between the quartiles of its rounds.
+    between the quartiles of its rounds. `idle_us` is the time of rows under a budget that every
+    choice fits, `vanilla_us` that of vanilla rows: between them lies what a policy costs that
+    saves nothing.
     """
 
     device: str
@@ -50,6 +52,8 @@ class Timing:
     top_k: int
     median_us: float
     spread_us: float
+    idle_us: float
+    vanilla_us: float
     engine_topk_us: float
     reference_us: float
 
@@ -102,6 +106,8 @@ def _measure(
         top_k=top_k,
         median_us=medians["reroute"],
         spread_us=round(quartiles[2] - quartiles[0], 2),
+        idle_us=medians["idle"],
+        vanilla_us=medians["vanilla"],
         engine_topk_us=medians["engine"],
         reference_us=medians["reference"],
     )
@@ -125,13 +131,14 @@ def _contestants(
     logits = torch.randn(num_rows, num_experts, generator=generator).to(device, dtype)
     router = Router()
     policies = _policies(top_k, num_experts)
+    idle = Budget.model_validate({"max_active": num_experts})
     table = build_table(
-        policies,
+        [*policies, idle],
         layer=0,
         top_k=top_k,
         num_experts=num_experts,
         similarity={"random": torch.rand(num_experts, num_experts, generator=generator)},
-        artifacts=[None, None, None, "random", None],
+        artifacts=[None, None, None, "random", None, None],
         device=device,
     )
     policy_ids = (torch.arange(num_rows) % len(policies)).int().to(device)
@@ -158,9 +165,16 @@ def _contestants(
 
     choices = zip(all_ids, all_weights, strict=True)
     calls = [partial(layer.reroute, logits, *choice, policy_ids) for choice in choices]
+
+    def all_under(policy: int) -> _Contestant:  # rows that stay as they are
+        plan = torch.full_like(policy_ids, policy)
+        return _Contestant([partial(layer.reroute, logits, ids, weights, plan)] * MAX_CALLS)
+
     return {
         "engine": _Contestant([engine] * MAX_CALLS),
         "reroute": _Contestant(calls, reset),
+        "idle": all_under(len(policies)),
+        "vanilla": all_under(0),
         "reference": _Contestant([reference] * MAX_CALLS),
     }
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from sglang_moe_routing.policies import Budget, FreeSlots, Router, TopK, Vanilla, build_table
-from sglang_moe_routing.policies.base import CountSchedule
+from sglang_moe_routing.policies.schedule import CountSchedule
 from tests.cases import (
     BUDGET_5,
     MAPPED,
