@@ -152,7 +152,7 @@ MEMORY = {
     "one_score_too_many": overflow(
         WARP, ">= call_", "> call_", "(expert >= call_.num_experts) continue;\n      pool_"
     ),
-    "one_slot_too_many": overflow(
+    "one_slot_too_many": wrong(
         WARP, ">= call_", "> call_", "(lane_ >= call_.top_k) return;\n    store_id"
     ),
     "id_out_of_range": wrong(WARP, "id >= 0 && id < call_.num_experts ?", "id >= 0 ?"),
@@ -210,26 +210,28 @@ POLICIES = {
         KERNELS, "if (call.free_slots == FreeSlots::ignored) return kFree;", "(void)call;"
     ),
     "rows_without_weight_stay_so": wrong(
-        ROW, "return row.at(gates, t) > 0.0f; }) == 0)", "return row.is(kMoves); }) != 0)"
+        ROW, "> 0.0f; }) == 0)", "> 0.0f; }) == 0 && row.is(kMoves))"
     ),
     "mapped_rows_without_weight_stay_so": wrong(
         ROW,
         "return row.at(gates, t) > 0.0f; }) == 0)",
         "return row.at(gates, t) > 0.0f || row.policy().mapped_share > 0.0f; }) == 0)",
     ),
-    "loaded_rows_are_weighed_again": wrong(ROW, "if (!is_whole) return false;", "return false;"),
-    "cut_rows_stay_whole": wrong(ROW, "smaller(policy.k_max, policy.max_rank) < k", "k < 0"),
+    "loaded_rows_are_weighed_again": wrong(ROW, "if (!is_whole)", "if (!is_whole || k > 0)"),
+    "cut_rows_stay_whole": wrong(ROW, "policy.max_rank) < k)", "policy.max_rank) < 0 * k)"),
     "rows_with_repeated_ids_stay_whole": wrong(
         ROW, "is_whole = n == call.top_k", "is_whole = true"
     ),
-    "compensation_of_nothing": wrong(ROW, "wanted *= kept + share * (1.0f - kept);", ""),
+    "compensation_of_nothing": wrong(
+        ROW, "kept + share * (1.0f - kept);", "kept + share + 1.0f - kept;"
+    ),
     "compensation_counts_all_that_was_taken": wrong(
         ROW, "row.sum_first(gates, taken.own)", "row.sum_first(gates, taken.count)"
     ),
     "moved_slots_keep_their_weight": wrong(
-        ROW, "row.get(weights, t) * share", "row.get(weights, t)"
+        ROW, "row.get(weights, t) * share", "row.get(weights, t) + 0.0f * share"
     ),
-    "coefficients_of_the_choice": wrong(WARP, "[n * n + stand_in]", "[stand_in]"),
+    "coefficients_of_the_choice": wrong(WARP, "[n * n + stand_in]", "[0 * n + stand_in]"),
     "votes_are_gates": wrong(ROW, "exponent == 1 ? capped : 1.0f", "capped"),
     "raw_weights_are_never_compensated": wrong(
         ROW, "!call.renormalize && !compensates", "!call.renormalize"
@@ -409,6 +411,8 @@ def calls() -> dict[str, tuple[Call, Outcome]]:
     case = small[f"seed 0, {float32}"]
     found["steps"] = stepped(case)
     found["garbage"] = call_of(with_garbage(case))
+    equal = replace(case, scores=torch.zeros_like(case.scores))
+    found["garbage, equal scores"] = call_of(with_garbage(equal))
     found["bias"] = routed(case, Router("sigmoid", bias=bias))
     found["groups"] = routed(case, Router(num_groups=4, top_groups=2))
     found["merging"] = call_of(merging(16))
