@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -152,6 +153,21 @@ def test_all_python_examples_compile() -> None:
         for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
             if language == "python":
                 ast.parse(code)
+
+
+def test_what_python_examples_import_of_this_package_is_there() -> None:
+    for page in PAGES:
+        for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language == "python":
+                check_imports(ast.parse(code), page.name)
+
+
+def check_imports(code: ast.Module, where: str) -> None:
+    for node in ast.walk(code):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang_moe"):
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                assert hasattr(module, name.name), f"{where}: {node.module}.{name.name}"
 
 
 def commands(group: Any, prefix: str = "") -> dict[str, Any]:
