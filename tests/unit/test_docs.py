@@ -21,7 +21,7 @@ from scripts import make_reference
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import BODY_ITEMS, BODY_PLACES, load_config
 from sglang_moe_routing.integration import environment, settings
-from sglang_moe_routing.kernels import native
+from sglang_moe_routing.kernels import MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, native
 from tests.examples import example_registry
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +209,12 @@ def test_configuration_page_names_every_variable() -> None:
     names |= {environment.RECORD, environment.EMULATE_GRAPHS, environment.CPU_EXPERTS}
     names |= {native.CHOICE, native.CACHE, native.INSTRUCTION_SET}
     assert names <= first_cells(section(read("configuration.md"), "## Environment variables"))
+
+
+@pytest.mark.parametrize("page", ["limits.md", "kernels.md"])
+def test_pages_name_the_limits_of_the_kernels(page: str) -> None:
+    limits = f"{MAX_EXPERTS:,} experts, {MAX_TOP_K} experts per token (and|or) {MAX_GROUPS} expert groups"
+    assert re.search(limits, " ".join(read(page).split()))
 
 
 def test_documents_name_the_pinned_release() -> None:
