@@ -247,9 +247,10 @@ class Exporter:
         else:
             self._problem = ""
 
-    def _show_kernels(self, *names: str) -> None:
+    def _show_kernels(self, kernels: str, experts: str) -> None:
         """A reload may change what re-routes; series cannot be removed."""
-        if self._kernels not in (None, names):
+        names = (kernels, experts)
+        if self._kernels is not None and self._kernels != names:
             _make(_KERNELS).labels(*self._kernels).set(0)
         _make(_KERNELS).labels(*names).set(1)
         self._kernels = names
