@@ -72,7 +72,7 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
         layer = _make_layer(runtime, implementation, index, topk, experts, device)
         setattr(topk.topk_config, LAYER, layer)
         layers.append(layer)
-    runtime.kernels = _describe_kernels(implementation, layers)
+    runtime.kernels = describe_kernels(implementation, layers)
     runtime.experts = _describe_experts(routers)
     logger.info("MoE re-routing by %s", runtime.kernels)
     runtime.attach(layers, device, _max_rows(server_args, model_runner))
@@ -218,7 +218,8 @@ def _has_bias_per_token(module: torch.nn.Module) -> bool:
     )
 
 
-def _describe_kernels(implementation: Implementation, layers: Sequence[Layer]) -> str:
+def describe_kernels(implementation: Implementation, layers: Sequence[Layer]) -> str:
+    """What re-routes `layers`, and if that is the reference, why."""
     if all(layer.uses_kernels for layer in layers):
         return implementation.name
     if not implementation.is_native:

@@ -220,6 +220,7 @@ class Exporter:
         self._problem = ""
         self._labels = ("layer",) if runtime.config.metrics.per_layer else ()
         self._seen: dict[tuple[str, ...], int] = {}
+        self._kernels: tuple[str, str] | None = None
 
     def start(self) -> None:
         """Begin in a thread that ends with the process."""
@@ -246,10 +247,18 @@ class Exporter:
         else:
             self._problem = ""
 
+    def _show_kernels(self, kernels: str, experts: str) -> None:
+        """A reload may change what re-routes; series cannot be removed."""
+        names = (kernels, experts)
+        if self._kernels is not None and self._kernels != names:
+            _make(_KERNELS).labels(*self._kernels).set(0)
+        _make(_KERNELS).labels(*names).set(1)
+        self._kernels = names
+
     def publish(self) -> None:
         """Add what has been counted since the last time."""
         state = self._runtime
-        _make(_KERNELS).labels(state.kernels, state.experts).set(1)
+        self._show_kernels(state.kernels, state.experts)
         for reason, total in dict.copy(state.rejections).items():
             self._add(_REJECTED, (reason,), total)
         if state.statistics is None or state.row_counts is None:

@@ -22,10 +22,12 @@ from sglang.srt.managers.io_struct import SetInternalStateReq
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig, RoutingConfig, load_config
 from ..errors import PolicyError, ReloadError, RoutingError
+from ..kernels import choose
 from ..policies import PolicyTable, Sizes, with_capacity
 from . import environment, http_server, metrics, runtime
 from .attach import (
     check_artifacts,
+    describe_kernels,
     digests,
     make_table,
     warn_of_policies,
@@ -232,6 +234,7 @@ def _commit(state: Runtime, staged: Staged) -> None:
         torch.cuda.synchronize()  # the step in flight ends under the old tables
     for layer, table in staged.layers:
         state.adopt_table(layer, table)
+    state.kernels = describe_kernels(choose("cuda" if is_cuda else "cpu"), state.layers)
     if is_cuda:
         torch.cuda.synchronize()
     state.adopt(staged.loaded, staged.artifacts, staged.table)

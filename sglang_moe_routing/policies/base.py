@@ -126,11 +126,26 @@ class Policy(StrictModel):
         return {start for _, schedule in self.schedules() for start in schedule.rows}
 
     def starts(self) -> set[int]:
-        """Numbers of live rows from which the policy behaves differently: `steps` and `engage`."""
-        found = {self.engage.min_rows} | self.steps()
+        """Numbers of live rows from which the policy behaves differently: `steps` and `engage`.
+
+        Raises `PolicyError` if `steps` says what is none.
+        """
+        found = {self.engage.min_rows, *self._steps()}
         if self.engage.max_rows is not None:
             found.add(self.engage.max_rows + 1)
         return found
+
+    def _steps(self) -> set[int]:
+        """What `steps` says, held to being numbers of rows."""
+        where = f"kind: {self.kind}: `steps`"
+        try:
+            steps = set(self.steps())
+        except Exception as error:
+            raise PolicyError(f"{where}: {type(error).__name__}: {error}") from error
+        for step in steps:
+            if type(step) is not int or not 1 <= step <= MAX_ROWS:
+                raise PolicyError(f"{where} has {shorten(step)}, expected 1 to {MAX_ROWS} rows")
+        return steps
 
     def is_vanilla(self, place: Place) -> bool:
         """Whether rows stay bit for bit as the model routes them."""

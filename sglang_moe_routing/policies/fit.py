@@ -44,9 +44,8 @@ def doubts(policy: Policy, model: Mapping[int, Sizes]) -> list[str]:
 
 
 def _rule_problems(policy: Policy, model: Mapping[int, Sizes]) -> Iterator[str]:
-    starts = [0, *sorted(policy.starts())]
     for layer, sizes in model.items():
-        yield from rule_problems(policy, starts, layer, sizes.top_k, sizes.num_experts)
+        yield from rule_problems(policy, layer, sizes.top_k, sizes.num_experts)
 
 
 def _acts(policy: Policy, model: Mapping[int, Sizes]) -> bool:

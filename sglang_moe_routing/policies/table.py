@@ -134,7 +134,7 @@ def build_table(
     floats = words.view(torch.float32)
     for row, (policy, artifact) in enumerate(zip(policies, artifacts, strict=True)):
         _check(policy, artifact, similarity, top_k, num_experts)
-        _check_rule(policy, starts, layer, top_k, num_experts)
+        _check_rule(policy, layer, top_k, num_experts)
         for step, start in enumerate(starts):
             place = Place(layer, start, top_k, num_experts)
             if policy.is_vanilla(place):
@@ -206,27 +206,24 @@ def _check(
         raise PolicyError("; ".join(problems))
 
 
-def _check_rule(
-    policy: Policy, starts: Sequence[int], layer: int, top_k: int, num_experts: int
-) -> None:
-    problem = next(rule_problems(policy, starts, layer, top_k, num_experts), "")
+def _check_rule(policy: Policy, layer: int, top_k: int, num_experts: int) -> None:
+    problem = next(rule_problems(policy, layer, top_k, num_experts), "")
     if problem:
         raise PolicyError(problem)
 
 
-def rule_problems(
-    policy: Policy, starts: Sequence[int], layer: int, top_k: int, num_experts: int
-) -> Iterator[str]:
+def rule_problems(policy: Policy, layer: int, top_k: int, num_experts: int) -> Iterator[str]:
     """What is wrong with the rule that `policy` gives on a layer, whatever its parameters.
 
-    Args:
-        starts: numbers of live rows from which on it may be another, in order. A rule that changes
-            between two of them would be served as it began.
+    A rule that changes between two of its `starts` would be served as it began.
     """
+    try:
+        starts = sorted({1, *policy.starts()})
+    except PolicyError as error:
+        yield str(error)
+        return
     for start, end in pairwise([*starts, MAX_ROWS + 1]):
-        first, *others = (
-            Place(layer, n, top_k, num_experts) for n in _probes(max(start, 1), end - 1)
-        )
+        first, *others = (Place(layer, n, top_k, num_experts) for n in _probes(start, end - 1))
         try:
             rule = policy.rule_at(first)
             changed = [place for place in others if policy.rule_at(place) != rule]
@@ -246,10 +243,10 @@ def rule_problems(
 
 
 def _probes(first: int, last: int) -> Iterator[int]:
+    """Numbers of rows from `first` to `last`: the ends and each doubling, for a reload waits."""
     yield first
-    for probe in (first + 1, (first + last) // 2, last):
-        if first < probe <= last:
-            yield probe
+    doublings = (2**i for i in range(MAX_ROWS.bit_length()))
+    yield from sorted(n for n in {first + 1, *doublings, last} if first < n <= last)
 
 
 def with_capacity(table: PolicyTable, capacity: Capacity) -> PolicyTable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from sglang_moe_routing.integration.attach import make_table
 from sglang_moe_routing.integration.hooks import topk as hook
 from sglang_moe_routing.integration.runtime import LAYER, Plan, Runtime
 from sglang_moe_routing.kernels import choose
-from sglang_moe_routing.policies import FREE, Router, Sizes, with_capacity
+from sglang_moe_routing.policies import FREE, Router, Sizes, TorchPolicy, with_capacity
 
 from .test_isolation import IMPLEMENTATIONS, NUM_EXPERTS, TOP_K, make_runtime
 
@@ -71,6 +72,33 @@ def test_a_reload_is_in_force_at_once(
     _, after, _ = ask(runtime)
     assert before[0].ne(after[0]).any()
     assert after.flatten().tolist() == list(range(NUM_ROWS * TOP_K))
+
+
+class Plain(TorchPolicy):
+    kind: Literal["plain"] = "plain"
+
+
+@pytest.mark.skipif(not choose("cpu").is_native, reason="no compiled kernels")
+def test_a_reload_says_what_re_routes_from_now_on(tmp_path: Path) -> None:
+    """A policy in torch comes and goes: the kernels idle meanwhile, and the state says so."""
+    runtime = make_runtime(tmp_path, 1, "native")
+    with_torch = [*runtime.ids.table[:-1], replace(runtime.ids.table[-1], policy=Plain())]
+    reference = "torch reference: policies of kind plain are written in torch"
+    for definitions, expected in (
+        (with_torch, reference),
+        (runtime.ids.table, choose("cpu").name),
+    ):
+        layer = runtime.layers[0]
+        table = make_table(definitions, 0, Sizes(TOP_K, NUM_EXPERTS))
+        staged = SimpleNamespace(
+            layers=[(layer, table)],
+            loaded=runtime.loaded,
+            artifacts=runtime.artifacts,
+            table=None,
+        )
+        reloading._commit(runtime, staged)
+        assert runtime.kernels == expected
+        assert (layer.kernels is None) == (expected == reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -73,6 +73,16 @@ def test_a_gpu_without_index_is_the_current_one_of_the_main_thread(
     assert set(used) == {"stream of cuda"}
 
 
+def test_what_re_routes_follows_a_reload(runtime: Runtime) -> None:
+    """The series of what did so before stays, at 0."""
+    exporter, gauge = metrics.Exporter(runtime, CPU), metrics._make(metrics._KERNELS)
+    for name in ("before", "after", "before"):
+        runtime.kernels = name
+        exporter.publish()
+        values = {n: gauge.labels(n, runtime.experts)._value.get() for n in ("before", "after")}
+        assert values == {"before": 0, "after": 0, name: 1}
+
+
 def test_a_thread_that_cannot_read_says_so_once_and_goes_on(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

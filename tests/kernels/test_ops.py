@@ -12,6 +12,7 @@ from torch import Tensor
 from sglang_moe_routing.errors import PolicyError
 from sglang_moe_routing.kernels import (
     MAX_EXPERTS,
+    MAX_GROUPS,
     MAX_ROWS,
     MAX_TOP_K,
     NOT_COUNTED,
@@ -22,7 +23,9 @@ from sglang_moe_routing.kernels import (
     refine,
 )
 from sglang_moe_routing.policies import (
+    FREE,
     OEA,
+    PAD,
     Budget,
     Capacity,
     Engagement,
@@ -148,6 +151,11 @@ def test_the_demand_of_the_most_rows_does_not_overflow() -> None:
     ("header", "constant", "value"),
     [
         ("include/moe_routing/call.h", "kMaxRows", MAX_ROWS),
+        ("include/moe_routing/call.h", "kMaxExperts", MAX_EXPERTS),
+        ("include/moe_routing/call.h", "kMaxTopK", MAX_TOP_K),
+        ("include/moe_routing/call.h", "kMaxGroups", MAX_GROUPS),
+        ("include/moe_routing/call.h", "kPad", PAD),
+        ("include/moe_routing/call.h", "kFree", FREE),
         ("cuda/route.cuh", "kOneBlockRows", ops.ONE_LAUNCH_ROWS),
         ("cuda/route.cuh", "kWorkspaceWords", ops.WORKSPACE_WORDS),
     ],

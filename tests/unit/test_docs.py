@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -20,7 +21,7 @@ from scripts import make_reference
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import BODY_ITEMS, BODY_PLACES, load_config
 from sglang_moe_routing.integration import environment, settings
-from sglang_moe_routing.kernels import native
+from sglang_moe_routing.kernels import MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, native
 from tests.examples import example_registry
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +155,21 @@ def test_all_python_examples_compile() -> None:
                 ast.parse(code)
 
 
+def test_what_python_examples_import_of_this_package_is_there() -> None:
+    for page in PAGES:
+        for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language == "python":
+                check_imports(ast.parse(code), page.name)
+
+
+def check_imports(code: ast.Module, where: str) -> None:
+    for node in ast.walk(code):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang_moe"):
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                assert hasattr(module, name.name), f"{where}: {node.module}.{name.name}"
+
+
 def commands(group: Any, prefix: str = "") -> dict[str, Any]:
     """Every command by its full name, such as ``bench op``."""
     found = {}
@@ -193,6 +209,12 @@ def test_configuration_page_names_every_variable() -> None:
     names |= {environment.RECORD, environment.EMULATE_GRAPHS, environment.CPU_EXPERTS}
     names |= {native.CHOICE, native.CACHE, native.INSTRUCTION_SET}
     assert names <= first_cells(section(read("configuration.md"), "## Environment variables"))
+
+
+@pytest.mark.parametrize("page", ["limits.md", "kernels.md"])
+def test_pages_name_the_limits_of_the_kernels(page: str) -> None:
+    limits = f"{MAX_EXPERTS:,} experts, {MAX_TOP_K} experts per token (and|or) {MAX_GROUPS} "
+    assert re.search(limits, " ".join(read(page).split()))
 
 
 def test_documents_name_the_pinned_release() -> None:

@@ -546,6 +546,53 @@ def test_a_rule_that_changes_between_its_steps_is_refused() -> None:
         build(Ramp(says_so=False))
 
 
+class Window(Policy):
+    """Another rule where a window of live rows is met, of which `steps` says nothing."""
+
+    kind: Literal["window"] = "window"
+    first: int
+
+    def rule(self, place: Place) -> Rule:
+        return Rule(k0=2 if self.first <= place.live_rows <= 4 * self.first else 3)
+
+
+@pytest.mark.parametrize("first", [2, 12, 100, 3000])
+def test_a_rule_that_changes_for_a_while_is_refused(first: int) -> None:
+    """Though it is the same at both ends."""
+    with pytest.raises(PolicyError, match="window has another rule at"):
+        build(Window(first=first))
+
+
+class WrongSteps(Policy):
+    """Says what are no numbers of rows, or cannot say any."""
+
+    kind: Literal["wrong_steps"] = "wrong_steps"
+    given: Any
+
+    def rule(self, place: Place) -> Rule:
+        return Rule(k0=1)
+
+    def steps(self) -> set[int]:
+        return {10 // self.given} if self.given == 0 else {self.given}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (-1, "`steps` has -1, expected 1 to 65535 rows"),
+        (2.5, "`steps` has 2.5, expected 1 to 65535 rows"),
+        (2**40, "`steps` has 1099511627776, expected 1 to 65535 rows"),
+        (0, "`steps`: ZeroDivisionError"),
+    ],
+)
+def test_steps_that_are_no_numbers_of_rows_are_refused(given: Any, expected: str) -> None:
+    policy = WrongSteps(given=given)
+    with pytest.raises(PolicyError, match=f"kind: wrong_steps: {expected}"):
+        build(policy)
+    (problem,) = problems(policy, {0: Sizes(TOP_K, NUM_EXPERTS)})
+    assert expected in problem
+
+
 class Unannounced(Policy):
     """Moves its slots, but names no artifact."""
 
