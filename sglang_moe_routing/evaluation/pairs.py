@@ -51,16 +51,18 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     """Cross-entropy of the first minus the second, nats per token, paired by sequence.
 
     Args:
-        first, second: `figures` of the same sequences in the same batches.
+        first, second: `figures` of the same sequences in the same batches. A single sequence, or
+            a loss that is no number, tells nothing from 0.
     """
     losses = torch.tensor(
         [first["sequence_losses"], second["sequence_losses"]], dtype=torch.float64
     )
     difference = bootstrap(losses[0] - losses[1])
+    tells = losses.shape[1] > 1 and bool(losses.isfinite().all())
     return {
         "difference": difference.mean,
         "ci95": [difference.low, difference.high],
-        "told_from_0": not difference.low <= 0 <= difference.high,
+        "told_from_0": tells and not difference.low <= 0 <= difference.high,
         "active_experts_first": first["active_experts"],
         "active_experts_second": second["active_experts"],
     }

@@ -54,7 +54,8 @@ class Rule(StrictModel):
        becomes of the weight that was lost.
 
     A row whose own top-k lies in U and is not cut by `k_max` or `max_rank` stays as it is, bit for
-    bit. So does a row whose experts have no weight.
+    bit. So does a row that would take no expert with a gate above 0. Both speak of rows whose top-k
+    names distinct experts.
     """
 
     k0: Annotated[int, Field(ge=0, le=UNLIMITED)] = UNLIMITED

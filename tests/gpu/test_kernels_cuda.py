@@ -43,10 +43,12 @@ POLICIES: list[Policy] = [
     OEA.model_validate({"k0": {"default": 3, "rows": {4: 2}}, "max_rank": 32}),
     SERE.model_validate({"num_primary": 2, "threshold": 0.3}),
     OEA.model_validate({"k0": 2, "mapped_share": 0.3}),
+    SERE.model_validate({"num_primary": 1, "threshold": -1.0}),  # with coefficients
+    OEA.model_validate({"k0": 1, "compensation": 0.6}),
     Budget.model_validate({"max_active": 40}),
     Budget.model_validate({"max_active": 36, "k0": 1, "utility": "gate", "mapped_share": 1.0}),
 ]
-ARTIFACTS = [None, None, None, "a", "a", None, "a"]
+ARTIFACTS = [None, None, None, "a", "a", "b", None, None, "a"]
 NUM_BUDGETS = 2  # the last ones
 ROUTERS = {
     "softmax": Router(),
@@ -170,7 +172,8 @@ def make_tables() -> tuple[PolicyTable, PolicyTable]:
         layer=0,
         top_k=TOP_K,
         num_experts=NUM_EXPERTS,
-        similarity={"a": similarity},
+        similarity={"a": similarity, "b": similarity.T},
+        coefficients={"b": similarity},
         artifacts=ARTIFACTS,
     )
     return table, table.to("cuda")

@@ -26,6 +26,7 @@ from sglang_moe_routing.policies import (
     FREE,
     OEA,
     PAD,
+    SERE,
     Budget,
     Capacity,
     Engagement,
@@ -230,6 +231,37 @@ def test_a_bound_layer_follows_a_rewritten_table() -> None:
     given = inputs()
     layer.reroute(**given)
     assert torch.equal(given["topk_ids"], inputs()["topk_ids"])
+
+
+def test_coefficients_come_and_go_with_a_rewritten_table() -> None:
+    """A reload under captured graphs may bring an artifact with coefficients, or take it away."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.rand(2, NUM_EXPERTS, NUM_EXPERTS, generator=generator)
+    sere = SERE.model_validate({"num_primary": 1, "threshold": -1.0})
+
+    def table(coefficients: dict[str, Tensor]) -> PolicyTable:
+        made = build_table(
+            [sere, Vanilla()],
+            layer=0,
+            top_k=TOP_K,
+            num_experts=NUM_EXPERTS,
+            similarity={"a": matrices[0]},
+            coefficients=coefficients,
+            artifacts=["a", None],
+        )
+        return with_capacity(made, Capacity(policies=3, steps=3, matrices=3))
+
+    given = inputs() | {"policy_ids": torch.zeros(NUM_TOKENS, dtype=torch.int32)}
+    tables = [table({}), table({"a": matrices[1]})]
+    expected = [refine(**given, table=made, router=Router())[1] for made in tables]
+    assert not torch.equal(*expected)
+    served = table({})
+    layer = BoundLayer(served, Router(), torch.empty(NUM_EXPERTS, dtype=torch.bool), top_k=TOP_K)
+    for which in (1, 0, 1):
+        served.rewrite(tables[which])
+        call = {name: tensor.clone() for name, tensor in given.items()}
+        layer.reroute(**call)
+        assert torch.equal(call["topk_weights"], expected[which])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -133,6 +133,11 @@ def test_an_interval_that_holds_0_is_not_told_from_it(second: tuple[float, ...])
     assert not found["told_from_0"]
 
 
+@pytest.mark.parametrize("losses", [(1.0,), (1.0, float("nan"))])
+def test_too_little_tells_nothing_from_0(losses: tuple[float, ...]) -> None:
+    assert not compare(losing(*losses), losing(*[9.0] * len(losses)))["told_from_0"]
+
+
 def test_a_result_compares_what_it_holds(tmp_path: Path) -> None:
     pairs = [Pair("a", "b"), Pair("b", "vanilla")]
     result = Result(tmp_path / "results.json", {}, pairs)
@@ -151,7 +156,8 @@ def test_a_result_compares_what_it_holds(tmp_path: Path) -> None:
 
 def test_the_table_says_which_pairs_are_not_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     place = {"section": "policies", "first": "a", "second": "b", "batch_size": 4}
-    near, far = compare(losing(1.0, 2.0), losing(1.2, 1.9)), compare(losing(1.0), losing(1.2))
+    near = compare(losing(1.0, 2.0), losing(1.2, 1.9))
+    far = compare(losing(1.0, 2.0), losing(1.2, 2.2))
     print_pairs([{**place, **near}, {**place, **far}])
     lines = [line for line in capsys.readouterr().out.splitlines() if " -0." in line]
     assert ["not told from 0" in line for line in lines] == [True, False]
