@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json as json_module
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +15,7 @@ from .output import (
     Json,
     check_matplotlib,
     clear_errors,
+    command_line,
     console,
     errors,
     numbers,
@@ -62,7 +61,7 @@ def layer(
         found: dict[str, Any] = {
             "machine": describe_machine(),
             "load_average": round(os.getloadavg()[0], 2),
-            "command": shlex.join(["sglang-moe-routing", *sys.argv[1:]]),
+            "command": command_line(),
         }
         with errors.status("starting") as status:
             measurement = bench.run(

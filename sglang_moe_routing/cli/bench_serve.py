@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +23,15 @@ from ..bench.serve import Run, Settings, Target, measure, summary
 from ..bench.server import running_server
 from ..config import bundled_config, load_config
 from ..errors import EngineError
-from .output import Json, clear_errors, console, errors, print_json, wanted_policies
+from .output import (
+    Json,
+    clear_errors,
+    command_line,
+    console,
+    errors,
+    print_json,
+    wanted_policies,
+)
 
 
 def serve(
@@ -148,7 +154,7 @@ def _as_json(runs: Sequence[Run], target: Target, settings: Settings) -> dict[st
         "policies": summary(runs),
         "settings": {"model": target.tokenizer, **asdict(settings)},
         "machine": describe_machine(),
-        "command": shlex.join(["sglang-moe-routing", *sys.argv[1:]]),
+        "command": command_line(),
         "runs": [asdict(run) for run in runs],
     }
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from .output import (
     Json,
     check_matplotlib,
     clear_errors,
+    command_line,
     console,
     errors,
     numbers,
@@ -247,7 +246,7 @@ def header(model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         "model": Path(model).resolve().name if Path(model).is_dir() else model,
         "settings": dict(settings),
         "machine": describe_machine(),
-        "command": shlex.join(["sglang-moe-routing", *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 

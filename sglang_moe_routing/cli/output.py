@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -26,6 +29,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 def print_json(value: Any) -> None:
     """Print `value` as JSON on stdout, unwrapped."""
     typer.echo(json.dumps(value, indent=2))
+
+
+def command_line() -> str:
+    """The running command for a result that others read: of absolute paths only the last part."""
+    return shlex.join(["sglang-moe-routing", *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and equals:
+        return f"{option}={_without_folders(value)}"
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def fail(message: str) -> NoReturn:

@@ -16,6 +16,7 @@ from sglang_moe_routing import demo
 from sglang_moe_routing.bench.server import server_environment
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.cli.check import moe_sizes
+from sglang_moe_routing.cli.evaluate import header
 from sglang_moe_routing.errors import EngineError, PolicyError, describe
 from sglang_moe_routing.policies import Sizes, builtin_registry
 
@@ -70,6 +71,13 @@ def test_policies_prints_tables() -> None:
 
 def test_version() -> None:
     assert RUNNER.invoke(app, ["--version"]).exit_code == 0
+
+
+def test_results_do_not_name_the_folders_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["evaluate", "/a/model", "--data", "x/b.txt", "--out=/c/d e", "--pairs", "p:q"]
+    monkeypatch.setattr(sys, "argv", ["/bin/sglang-moe-routing", *arguments])
+    expected = "sglang-moe-routing evaluate model --data x/b.txt '--out=d e' --pairs p:q"
+    assert header("/a/model", {})["command"] == expected
 
 
 def test_serve_refuses_a_bad_config_before_starting(tmp_path: Path) -> None:
