@@ -63,7 +63,7 @@ def test_the_kernels_of_a_gpu_are_those_of_its_architecture(
         ops._module(torch.empty(1, device=GPU))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match=NO_GPU):
-        inspection._inspect_kernels(Inspection())
+        inspection._inspect_kernels(Inspection(), None)
 
 
 def test_calls_of_two_launches_get_a_workspace() -> None:

@@ -278,4 +278,4 @@ def test_cuda_kernels_are_built_ahead_of_time_and_load_without_a_gpu(
     folder = Path(json.loads(done.stdout)["cuda"])
     assert native._find_built("cuda", ("8.6",)) == folder
     assert native._find_built("cuda", ("9.0",)) is None
-    assert callable(native._load(folder, "cuda").reroute)
+    assert callable(native._load(folder, "cuda").bind)
