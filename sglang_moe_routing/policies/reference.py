@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import FREE, PAD, FreeSlots
 from .table import Flag, PolicyTable
-from .torch_policy import Rows, TorchPolicy, fill_slots
+from .torch_policy import Batch, Rows, TorchPolicy, fill_slots
 
 QUANTUM = 2.0**-16
 """Demand is summed in whole quanta: the sum does not depend on its order. 65,535 rows fit 32 bits.
@@ -80,7 +80,7 @@ def reroute(
     in_range = (ids >= 0) & (ids < num_experts)
     rank, order, chosen = _preference(scores, torch.where(in_range, ids, num_experts))
     rules = _Rules(table, policy_ids, live)
-    rows = _Batch(
+    rows = _RuledBatch(
         rank=rank,
         order=order,
         chosen=chosen,
@@ -152,7 +152,7 @@ class _Rules:
 
 
 def _rows_of(
-    policy: TorchPolicy, index: int, batch: _Batch, rules: _Rules, table: PolicyTable
+    policy: TorchPolicy, index: int, batch: _RuledBatch, rules: _Rules, table: PolicyTable
 ) -> Rows:
     similarity = None
     if policy.uses_similarity:
@@ -163,26 +163,14 @@ def _rows_of(
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """The rows of a call, and the steps of the rule. See `Rows` for what they have in common.
+class _RuledBatch(Batch):
+    """The steps of the rule on the rows of a call.
 
     Attributes:
         similarity: float32 ``[num_matrices, num_experts, num_experts]``.
     """
 
-    rank: Tensor
-    order: Tensor
-    chosen: Tensor
-    gates: Tensor
-    topk_ids: Tensor
-    topk_weights: Tensor
-    renormalize: bool
-    scale: float
     similarity: Tensor
-
-    @property
-    def top_k(self) -> int:
-        return self.topk_ids.shape[1]
 
     @property
     def base(self) -> Tensor:
@@ -264,7 +252,7 @@ class _Batch:
         if len(self.similarity) == 0:
             return weights
         share = rules["mapped_share"][:, None]
-        own = members(torch.where(is_filled, ids, -1), self.rank.shape[1])
+        own = members(torch.where(is_filled, ids, -1), self.num_experts)
         artifact = rules["artifact"].long()[:, None]
         likeness = self.similarity[artifact, self.topk_ids]  # [num_tokens, top_k, num_experts]
         nearest = torch.where(own[:, None], likeness, -torch.inf).argmax(dim=2)

@@ -14,12 +14,10 @@ from .rule import Place, Rule
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One MoE call as a `TorchPolicy` sees it. All tensors are on one device; none may be modified.
+class Batch:
+    """The rows of one MoE call. All tensors are on one device; none may be modified.
 
     Attributes:
-        layer: the model's layer number.
-        mine: bool ``[num_tokens]``, the live rows that follow the policy and are engaged.
         rank: int64 ``[num_tokens, num_experts]``, place of an expert in the row's preference
             (0 is best): the router's own top-k first, then by falling score, ties to the lower
             expert id, NaN last.
@@ -31,12 +29,8 @@ class Rows:
         topk_weights: float32 ``[num_tokens, top_k]``, its weights.
         renormalize: whether the model normalises over the chosen experts.
         scale: factor on raw gates where `renormalize` is false.
-        similarity: float32 ``[num_experts, num_experts]`` of the policy's artifact on this layer;
-            None if it uses none.
     """
 
-    layer: int
-    mine: Tensor
     rank: Tensor
     order: Tensor
     chosen: Tensor
@@ -45,7 +39,6 @@ class Rows:
     topk_weights: Tensor
     renormalize: bool
     scale: float
-    similarity: Tensor | None
 
     @property
     def top_k(self) -> int:
@@ -54,6 +47,22 @@ class Rows:
     @property
     def num_experts(self) -> int:
         return self.rank.shape[1]
+
+
+@dataclass(frozen=True)
+class Rows(Batch):
+    """One MoE call as a `TorchPolicy` sees it.
+
+    Attributes:
+        layer: the model's layer number.
+        mine: bool ``[num_tokens]``, the live rows that follow the policy and are engaged.
+        similarity: float32 ``[num_experts, num_experts]`` of the policy's artifact on this layer;
+            None if it uses none.
+    """
+
+    layer: int
+    mine: Tensor
+    similarity: Tensor | None
 
     def take(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Fill the top-k slots with the `chosen` experts and the weights the model gives them.
