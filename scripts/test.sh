@@ -10,7 +10,8 @@ cd "$root"
 if [ $# -gt 0 ]; then
   exec "$venv/bin/python" -m pytest "$@"
 fi
-status=0 # servers run one after the other: they need ports, memory and time of their own
-"$venv/bin/python" -m pytest -n 2 --dist loadfile --ignore tests/e2e || status=$?
-"$venv/bin/python" -m pytest tests/e2e || status=$?
+unset PYTHONDONTWRITEBYTECODE # every process of every server would compile the package anew
+status=0
+"$venv/bin/python" -m pytest -m "not serial" -n 2 --dist loadgroup --no-loadscope-reorder || status=$?
+"$venv/bin/python" -m pytest -m serial || status=$?
 exit "$status"

@@ -185,9 +185,12 @@ def running_server(
 
 
 def stop_server(process: subprocess.Popen[bytes]) -> None:
-    """End a server and every process of its group."""
+    """End a server and every process of its group, as Ctrl-C in a terminal does.
+
+    On SIGTERM SGLang takes the end of its scheduler for a crash and waits 5 seconds.
+    """
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_S)
     with contextlib.suppress(ProcessLookupError):

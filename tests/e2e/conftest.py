@@ -166,3 +166,10 @@ def served(start: Callable[..., Any], config: Path) -> Iterator[Running]:
     """The server that most tests share."""
     with start(config, "--enable-custom-logit-processor") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def plain(start: Callable[..., Any]) -> Iterator[Running]:
+    """A server without this package."""
+    with start(None) as running:
+        yield running

@@ -121,6 +121,7 @@ def test_check_names_what_is_wrong(command: Command, tmp_path: Path) -> None:
     assert "no such similarity artifact" in found["problems"][0]
 
 
+@pytest.mark.serial  # policies are compared by how many requests run at once
 def test_demo_shows_the_saving_and_checks_the_routing(command: Command) -> None:
     run = command("demo", "--json")
     assert run.returncode == 0, run.stdout + run.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import shutil
 import sys
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -24,7 +22,7 @@ from sglang_moe_routing.bench.server import running_server
 from sglang_moe_routing.integration import environment
 from tests.recorded import check_call
 
-from .conftest import HEADER, Running
+from .conftest import Running
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_models.py"
 
@@ -102,23 +100,18 @@ class Family:
     def expected(self) -> Expected:
         return FAMILIES[self.name]
 
-    def generate(self, policies: list[str]) -> list[httpx.Response]:
-        """One request per policy, all at once."""
+    def generate(self, policies: list[str]) -> list[dict[str, Any]]:
+        """One prompt per policy, in one request: however busy the machine, they share batches."""
         params = {"temperature": 0, "max_new_tokens": NUM_TOKENS, "ignore_eos": True}
-
-        async def send_all() -> list[httpx.Response]:
-            async with httpx.AsyncClient(base_url=self.server.url, timeout=300) as http:
-                requests = (
-                    http.post(
-                        "/generate",
-                        json={"text": prompt(i), "sampling_params": params},
-                        headers={HEADER: policy},
-                    )
-                    for i, policy in enumerate(policies)
-                )
-                return await asyncio.gather(*requests)
-
-        return asyncio.run(send_all())
+        body = {
+            "text": [prompt(i) for i in range(len(policies))],
+            "sampling_params": [
+                {**params, "custom_params": {"moe_routing_policy": policy}} for policy in policies
+            ],
+        }
+        answer = self.server.http.post("/generate", json=body)
+        assert answer.status_code == 200, answer.text
+        return list(answer.json())
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +126,10 @@ def scripts() -> Any:
     return module
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES],
+)
 def family(
     request: pytest.FixtureRequest, scripts: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Family]:
@@ -163,11 +159,10 @@ def family(
 
 def test_mixed_policies_obey_the_oracle_on_every_family(family: Family) -> None:
     policies = [*ORACLE, "vanilla"]
-    answers: list[httpx.Response] = []
+    answers: list[dict[str, Any]] = []
     calls = family.server.record(lambda: answers.extend(family.generate(policies)))
     for policy, answer in zip(policies, answers, strict=True):
-        assert answer.status_code == 200, answer.text
-        info = answer.json()["meta_info"]
+        info = answer["meta_info"]
         assert info["moe_routing_policy"] == policy
         assert info["completion_tokens"] == NUM_TOKENS
 
@@ -246,7 +241,7 @@ def test_rows_follow_the_bias_of_an_update(family: Family, tmp_path: Path) -> No
 def test_vanilla_beside_others_generates_what_transformers_does(family: Family) -> None:
     """The engine on this platform runs the family's model, whoever shares the batch."""
     answer, *_ = family.generate(["vanilla", "oea-k1", "sere-s1", "topk-k1"])
-    assert answer.json()["output_ids"] == continue_greedily(family.model, prompt(0))
+    assert answer["output_ids"] == continue_greedily(family.model, prompt(0))
 
 
 def continue_greedily(model: Path, text: str) -> list[int]:

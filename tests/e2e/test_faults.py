@@ -30,7 +30,6 @@ from sglang_moe_routing.artifacts import load_artifact
 from sglang_moe_routing.kernels import native
 
 from .conftest import CONFIG, HEADER, Running
-from .test_failing_closed import GOOD, failed_start, own_message
 
 COMPLETION = {"model": "demo", "prompt": "The", "max_tokens": 2, "temperature": 0}
 SIMILARITY = demo.CONFIG.with_name("similarity.safetensors")
@@ -365,43 +364,7 @@ def test_a_full_disk_stops_a_calibration_that_can_go_on(
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-# --- artifacts and kernels at start-up ---------------------------------------------------------
-
-NO_COMPILER = "no C++ compiler 'no-such-compiler' on PATH"
-
-
-def test_a_truncated_artifact_stops_the_server(tmp_path: Path) -> None:
-    shutil.copy(SIMILARITY, tmp_path / "cut.safetensors")
-    truncate(tmp_path / "cut.safetensors")
-    config = (
-        "version: 1\nsimilarity: {main: cut.safetensors}\n"
-        "policies: {s: {kind: sere, num_primary: 2}}\n"
-    )
-    status, output = failed_start(tmp_path, config)
-    assert status == 78
-    assert f"{tmp_path}/cut.safetensors: not a readable safetensors file" in own_message(output)
-
-
-def test_without_kernels_and_compiler_the_reference_serves_and_says_why(
-    start: Callable[..., Any], config: Path, tmp_path: Path
-) -> None:
-    with start(config, CXX="no-such-compiler", SGLANG_MOE_ROUTING_CACHE=str(tmp_path)) as running:
-        check_serves(running.url)
-        (statistics,) = running.http.get("/v1/moe_routing/statistics").json()["data"]
-    assert statistics["kernels"] == f"torch reference: {NO_COMPILER}"
-    assert statistics["experts"] == "torch"
-
-
-def test_native_without_kernels_and_compiler_stops_the_server(tmp_path: Path) -> None:
-    status, output = failed_start(
-        tmp_path,
-        GOOD,
-        CXX="no-such-compiler",
-        SGLANG_MOE_ROUTING_CACHE=str(tmp_path / "cache"),
-        SGLANG_MOE_ROUTING_KERNELS="native",
-    )
-    assert status == 78
-    assert f"SGLANG_MOE_ROUTING_KERNELS=native, but {NO_COMPILER}" in own_message(output)
+# --- kernels at start-up -----------------------------------------------------------------------
 
 
 def flip(path: Path) -> None:

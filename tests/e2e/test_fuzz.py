@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,20 +134,10 @@ def bare(request: dict[str, Any]) -> dict[str, Any]:
     return {**request, "body": body, "headers": headers}
 
 
-@pytest.fixture(scope="module")
-def plain_url(start: Callable[..., Any]) -> Iterator[Callable[[], str]]:
+@pytest.fixture
+def plain_url(request: pytest.FixtureRequest) -> Callable[[], str]:
     """Address of a server without this package, started when it is first needed."""
-    contexts = []
-
-    def url() -> str:
-        if not contexts:
-            context = start(None)
-            contexts.append((context, context.__enter__()))
-        return str(contexts[0][1].url)
-
-    yield url
-    for context, _ in contexts:
-        context.__exit__(None, None, None)
+    return lambda: str(request.getfixturevalue("plain").url)
 
 
 def greedy(url: str) -> bytes:

@@ -21,6 +21,7 @@ from scripts.soak import answers, asks, checks, figures, readings
 from .conftest import HEADER, Running
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.serial
 LAYERS = [
     {
         "layer": layer,

@@ -28,6 +28,7 @@ from .test_evaluate import (
     artifact_of,
     write_config,
 )
+from .test_reload import KEY, Reloading
 from .test_routing import POLICIES as RANK_POLICIES
 from .test_routing import answers_alone, check_all, distinct, generate_all
 
@@ -40,7 +41,7 @@ def parallel(
 ) -> Iterator[Running]:
     """Two tensor-parallel ranks under every kind of policy, ready for `evaluate`."""
     config = write_config(tmp_path_factory.mktemp("config"))
-    with start(config, *TP_FLAGS, **{environment.FORCE: "1"}) as running:
+    with start(config, *TP_FLAGS, *KEY, **{environment.FORCE: "1"}) as running:
         yield running
 
 
@@ -133,18 +134,33 @@ def test_vanilla_requests_are_bit_identical_to_a_plain_tensor_parallel_server(
     assert answers_alone(parallel.url) == expected
 
 
-@pytest.mark.parametrize("ep_size", [1, 2])
-def test_ranks_route_alike_and_as_the_oracle_says(
-    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray], ep_size: int
-) -> None:
-    """Tensor-parallel ranks hold a part of every expert, expert-parallel ones half of the experts
-    whole; their ids become local ones after the re-routing."""
-    with start(config, "--tp", "2", "--ep-size", str(ep_size)) as running:
-        calls = record_mixed(running, RANK_POLICIES)
-        assert running.http.get("/server_info").json()["ep_size"] == ep_size
-    first, second = by_process(calls)
+def check_ranks(running: Running, similarity: dict[int, np.ndarray]) -> None:
+    """Both ranks make the same calls, and those that the oracle says."""
+    first, second = by_process(record_mixed(running, RANK_POLICIES))
     assert first == second
     assert set(check_all(first, similarity)) == set(RANK_POLICIES)
+
+
+def test_ranks_with_parts_of_every_expert_route_as_the_oracle_says(
+    parallel: Running, config: Path, similarity: dict[int, np.ndarray]
+) -> None:
+    assert parallel.config is not None
+    ours = Reloading(parallel, parallel.config)
+    before = parallel.config.read_text()
+    assert ours.reload(config.read_text()).status_code == 200
+    try:
+        check_ranks(parallel, similarity)
+    finally:
+        assert ours.reload(before).status_code == 200
+
+
+def test_ranks_with_half_of_the_experts_route_as_the_oracle_says(
+    start: Callable[..., Any], config: Path, similarity: dict[int, np.ndarray]
+) -> None:
+    """Expert parallelism: ids become local ones after the re-routing."""
+    with start(config, "--tp", "2", "--ep-size", "2") as running:
+        assert running.http.get("/server_info").json()["ep_size"] == 2
+        check_ranks(running, similarity)
 
 
 def test_replicas_route_and_count_by_themselves(

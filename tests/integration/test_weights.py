@@ -25,6 +25,7 @@ from sglang_moe_routing.checkpoint import Fingerprint
 from sglang_moe_routing.config import LoadedConfig, load_config
 from sglang_moe_routing.errors import ArtifactError
 from sglang_moe_routing.integration import runtime
+from sglang_moe_routing.integration.attach import check_artifacts
 from sglang_moe_routing.integration.definitions import define
 from sglang_moe_routing.integration.hooks import weights as hook
 from sglang_moe_routing.integration.reloading import Staged
@@ -75,6 +76,16 @@ def test_weights_of_the_artifact_come_in_and_others_do_not(state: Runtime) -> No
     assert hook._problem(ServedWeights("/copy", MINE)) == ""
     assert "was made for other weights than /other" in hook._problem(OTHER)
     assert "weights of IPC: nothing tells which they are" in hook._problem(unknown("IPC"))
+
+
+def test_an_artifact_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    loaded = load(tmp_path, SERE)
+    artifacts = used_artifacts(loaded)
+    with pytest.raises(ArtifactError, match="'a' is for 4 experts, but layer 0 of this model has"):
+        check_artifacts(loaded, artifacts, {0: 64}, ServedWeights("/copy", MINE))
+    with pytest.raises(ArtifactError, match=r"'a' has no matrix for MoE layers \[1\]"):
+        check_artifacts(loaded, artifacts, {0: 4, 1: 4}, ServedWeights("/copy", MINE))
+    check_artifacts(loaded, artifacts, {0: 4}, ServedWeights("/copy", MINE))
 
 
 def test_without_a_policy_that_uses_it_an_artifact_holds_nothing_up(

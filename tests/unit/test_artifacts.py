@@ -20,7 +20,7 @@ from sglang_moe_routing.artifacts import (
     save_artifact,
 )
 from sglang_moe_routing.config import load_config
-from sglang_moe_routing.errors import ArtifactError, RoutingError
+from sglang_moe_routing.errors import ArtifactError, ConfigError, RoutingError
 from sglang_moe_routing.similarity import idle_thresholds, load_similarities
 
 N = 4
@@ -341,6 +341,20 @@ def test_a_threshold_above_every_similarity_of_its_artifact_is_told(
     loaded = load_config(config)
     (doubt,) = idle_thresholds(loaded, load_similarities(loaded))
     assert doubt.startswith("policies.idle.threshold: 0.7 is above 0.6, the highest similarity of")
+
+
+def test_a_threshold_above_every_value_of_the_metric_is_refused(path: Path) -> None:
+    """Such a policy would silently be vanilla."""
+    save_artifact(artifact(), path)
+    config = path.with_name("routing.yaml")
+    config.write_text(
+        f"version: 1\nsimilarity: {{a: {path}}}\npolicies:\n"
+        "  s: {kind: sere, num_primary: 1, threshold: {default: 0, rows: {8: 1.5}}}\n"
+    )
+    reason = "policies.s.threshold: 1.5 is above 1, the highest value of the metric 'cosine'"
+    with pytest.raises(ConfigError, match=reason) as refusal:
+        load_similarities(load_config(config))
+    assert "not comparable across metrics" in str(refusal.value)
 
 
 # --- refusals of load --------------------------------------------------------------------------
