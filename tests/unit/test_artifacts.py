@@ -351,7 +351,7 @@ def test_a_threshold_above_every_value_of_the_metric_is_refused(path: Path) -> N
         f"version: 1\nsimilarity: {{a: {path}}}\npolicies:\n"
         "  s: {kind: sere, num_primary: 1, threshold: {default: 0, rows: {8: 1.5}}}\n"
     )
-    reason = "policies.s.threshold: 1.5 is above 1, the highest value of the metric 'cosine'"
+    reason = "policies.s.threshold: 1.5 is above 1, the highest value of the metric 'frobenius'"
     with pytest.raises(ConfigError, match=reason) as refusal:
         load_similarities(load_config(config))
     assert "not comparable across metrics" in str(refusal.value)
