@@ -21,21 +21,20 @@ Function bind(Tensor policies, Tensor similarity, Tensor out_union, Optional<Ten
   bindings::check(policies.device().device_type == kDLCPU, "policies", "host memory");
   const bindings::Layer layer(policies, similarity, out_union, statistics, {}, 0, top_k, scoring,
                               num_groups, top_groups, renormalize, scale, free_slots);
-  return Function::FromTyped(
-      [layer](TensorView scores, TensorView topk_ids, TensorView topk_weights,
-              TensorView policy_ids, int64_t part, Optional<TensorView> bias,
-              Optional<TensorView> gates) {
-        route(layer.call(scores, topk_ids, topk_weights, policy_ids, part, bias, gates));
-      });
+  return Function::FromTyped([layer](TensorView scores, TensorView topk_ids,
+                                     TensorView topk_weights, TensorView policy_ids, int64_t part,
+                                     Optional<TensorView> bias, Optional<TensorView> gates) {
+    route(layer.call(scores, topk_ids, topk_weights, policy_ids, part, bias, gates));
+  });
 }
 
 ExpertMatrices matrices_of(TensorView tensor, const char* name, TensorView like, int64_t experts,
                            int64_t rows, int64_t columns) {
   bindings::check_shape(tensor, name, {experts, rows, columns});
   bindings::check(tensor.device().device_type == kDLCPU, name, "host memory");
-  bindings::check(bindings::is(tensor, static_cast<DLDataTypeCode>(like.dtype().code),
-                               like.dtype().bits),
-                  name, "the element type of hidden_states");
+  bindings::check(
+      bindings::is(tensor, static_cast<DLDataTypeCode>(like.dtype().code), like.dtype().bits), name,
+      "the element type of hidden_states");
   bindings::check(columns == 1 || tensor.stride(2) == 1, name, "adjacent columns (stride 1)");
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
@@ -119,9 +118,9 @@ void linear(TensorView input, TensorView weight, TensorView out, int64_t num_thr
                                 int64_t columns) {
     bindings::check_shape(tensor, name, {rows, columns});
     bindings::check(tensor.device().device_type == kDLCPU, name, "host memory");
-    bindings::check(call.is_bfloat16 ? bindings::is(tensor, kDLBfloat, 16)
-                                     : bindings::is(tensor, kDLFloat, 32),
-                    name, "float32, or bfloat16 in all three");
+    bindings::check(
+        call.is_bfloat16 ? bindings::is(tensor, kDLBfloat, 16) : bindings::is(tensor, kDLFloat, 32),
+        name, "float32, or bfloat16 in all three");
     bindings::check(rows == 0 || columns == 1 || tensor.stride(1) == 1, name,
                     "adjacent elements in a row (stride 1)");
   };
@@ -147,8 +146,7 @@ int64_t read_stream(TensorView tensor, int64_t num_threads) {
   bindings::check(tensor.device().device_type == kDLCPU && bindings::is_contiguous(tensor),
                   "tensor", "a contiguous tensor in host memory");
   const int64_t bytes = tensor.numel() * tensor.dtype().bits / 8;
-  return static_cast<int64_t>(
-      stream_read(tensor.data_ptr(), bytes, static_cast<int>(num_threads)));
+  return static_cast<int64_t>(stream_read(tensor.data_ptr(), bytes, static_cast<int>(num_threads)));
 }
 
 tvm::ffi::String list_instruction_sets() {

@@ -21,9 +21,9 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kKept = 32 << 20;  // bytes of scratch memory that a thread keeps between calls
-constexpr int64_t kBytesPerThread = 512 << 10;  // below this, waking a thread costs more
+constexpr int64_t kBytesPerThread = 512 << 10;   // below this, waking a thread costs more
 constexpr int64_t kSerialPackBytes = 128 << 10;  // up to this, so does waiting for all
-constexpr int64_t kGateUpBytes = 256 << 10;     // weights of one gate-and-up task
+constexpr int64_t kGateUpBytes = 256 << 10;      // weights of one gate-and-up task
 constexpr int64_t kTasksPerThread = 32;
 
 // Aligned memory that grows. What a decode step needs stays allocated.
@@ -161,8 +161,7 @@ struct Split {
     gate_up_per_expert = (call.intermediate + gate_up_width - 1) / gate_up_width;
   }
   void cut_down(const ExpertsCall& call, int num_threads) {
-    while (down_width > kBlockColumns &&
-           call.hidden / down_width < kTasksPerThread * num_threads) {
+    while (down_width > kBlockColumns && call.hidden / down_width < kTasksPerThread * num_threads) {
       down_width /= 2;
     }
     num_down = (call.hidden + down_width - 1) / down_width;

@@ -33,12 +33,12 @@ struct ExpertsCall {
 
   const void* hidden_states = nullptr;  // [rows, hidden]
   int64_t hidden_stride = 0;
-  FloatRows topk_weights;  // [rows, top_k]; a slot of weight 0 is skipped
-  IdRows topk_ids;         // [rows, top_k]; a slot of id -1 is skipped, a repeated id adds up
-  ExpertMatrices w13;      // [experts, 2 * intermediate, hidden]: gate and up
-  ExpertMatrices w2;       // [experts, hidden, intermediate]
-  FloatRows bias13;        // [experts, 2 * intermediate], may be null
-  FloatRows bias2;         // [experts, hidden], may be null
+  FloatRows topk_weights;       // [rows, top_k]; a slot of weight 0 is skipped
+  IdRows topk_ids;              // [rows, top_k]; a slot of id -1 is skipped, a repeated id adds up
+  ExpertMatrices w13;           // [experts, 2 * intermediate, hidden]: gate and up
+  ExpertMatrices w2;            // [experts, hidden, intermediate]
+  FloatRows bias13;             // [experts, 2 * intermediate], may be null
+  FloatRows bias2;              // [experts, hidden], may be null
   bool is_interleaved = false;  // gate and up take turns in w13, else gate comes first
   Activation activation = Activation::silu;
   float alpha = 1.0f;
@@ -55,7 +55,7 @@ struct LinearCall {
   int32_t num_rows = 0;
   int64_t in_features = 0;
   int64_t out_features = 0;
-  bool is_bfloat16 = false;  // all three, else float32
+  bool is_bfloat16 = false;     // all three, else float32
   const void* input = nullptr;  // [rows, in_features]
   int64_t input_stride = 0;
   const void* weight = nullptr;  // [out_features, in_features]

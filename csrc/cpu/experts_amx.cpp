@@ -239,8 +239,8 @@ int32_t active_of_block(const Work& work, int64_t block) {
 void pack(const Work& work, int64_t block) {
   const ExpertsCall& call = *work.call;
   const int32_t active = active_of_block(work, block);
-  const int32_t pair = work.first[active] +
-                       static_cast<int32_t>(block - work.first_block[active]) * kBlockTokens;
+  const int32_t pair =
+      work.first[active] + static_cast<int32_t>(block - work.first_block[active]) * kBlockTokens;
   const int tokens = tokens_of(work, active, pair);
   const int64_t size = work.input_size;
   const Bfloat16* from[kBlockTokens];
@@ -294,8 +294,8 @@ void store_activated(const ExpertsCall& call, int64_t expert, GateUp at, int64_t
       return store_activated<Activation::silu>(call, expert, at, column, columns, gate, up, to,
                                                tokens);
     case Activation::gelu_tanh:
-      return store_activated<Activation::gelu_tanh>(call, expert, at, column, columns, gate, up,
-                                                    to, tokens);
+      return store_activated<Activation::gelu_tanh>(call, expert, at, column, columns, gate, up, to,
+                                                    tokens);
     case Activation::clamped_swiglu:
       return store_activated<Activation::clamped_swiglu>(call, expert, at, column, columns, gate,
                                                          up, to, tokens);
@@ -364,8 +364,7 @@ void down_block(const Work& work, int32_t active, Columns columns, int64_t colum
   const TileRows second(weights + second_row * call.w2.row_stride, call.w2.row_stride, rows,
                         call.intermediate);
   alignas(64) Sums outputs[2][2];
-  for (int32_t pair = work.first[active]; pair < work.first[active + 1];
-       pair += 2 * kBlockTokens) {
+  for (int32_t pair = work.first[active]; pair < work.first[active + 1]; pair += 2 * kBlockTokens) {
     const Block blocks[2] = {
         block_of(work, work.activated, call.intermediate, active, pair),
         block_of(work, work.activated, call.intermediate, active, pair + kBlockTokens)};
@@ -405,8 +404,8 @@ void down(const Work& work, float* sums, Task task, const Task* next) {
 
 }  // namespace
 
-const ExpertsKernel bfloat16_experts = {input_bytes, activated_bytes, num_packs, pack,
-                                        gate_up,     down,            leave};
+const ExpertsKernel bfloat16_experts = {
+    input_bytes, activated_bytes, num_packs, pack, gate_up, down, leave};
 
 }  // namespace moe_routing::cpu::amx
 #endif

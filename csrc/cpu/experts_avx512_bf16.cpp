@@ -24,8 +24,8 @@ struct PairDot {
       const __m512bh weight = load<__m512bh>(weights[r] + at);
       for (int t = 0; t < tokens; ++t) {
         const __m512 sum = reinterpret_cast<__m512>(sums[t][r]);
-        sums[t][r] = reinterpret_cast<Floats>(
-            _mm512_dpbf16_ps(sum, weight, load<__m512bh>(inputs[t] + k)));
+        sums[t][r] =
+            reinterpret_cast<Floats>(_mm512_dpbf16_ps(sum, weight, load<__m512bh>(inputs[t] + k)));
       }
     }
   }

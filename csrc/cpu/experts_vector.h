@@ -129,8 +129,8 @@ class VectorExperts {
 
   static void pack(const Work& work, int64_t row) {
     const ExpertsCall& call = *work.call;
-    const Weight* const from = static_cast<const Weight*>(call.hidden_states) +
-                               row * call.hidden_stride;
+    const Weight* const from =
+        static_cast<const Weight*>(call.hidden_states) + row * call.hidden_stride;
     Input* const to = input_of(work, row);
     for (int64_t k = 0; k < work.input_size; ++k) Dot::put(to, k, from[k]);
     for (int64_t k = work.input_size; k < stride(work.input_size); ++k) {
@@ -212,8 +212,8 @@ class VectorExperts {
     const int64_t step = at.step * call.w13.row_stride;
     const int rows = static_cast<int>(columns.end - columns.begin);
     Tile gate, up;
-    multiply(weights + at.gate * call.w13.row_stride, step, rows, inputs, tokens, call.hidden,
-             gate, prefetcher);
+    multiply(weights + at.gate * call.w13.row_stride, step, rows, inputs, tokens, call.hidden, gate,
+             prefetcher);
     multiply(weights + at.up * call.w13.row_stride, step, rows, inputs, tokens, call.hidden, up,
              prefetcher);
     float gate_bias[kBlockColumns], up_bias[kBlockColumns];
@@ -234,8 +234,10 @@ class VectorExperts {
 
   static void activate_row(const ExpertsCall& call, float* gate, const float* up) {
     switch (call.activation) {
-      case Activation::silu: return activate_row<Activation::silu>(call, gate, up);
-      case Activation::gelu_tanh: return activate_row<Activation::gelu_tanh>(call, gate, up);
+      case Activation::silu:
+        return activate_row<Activation::silu>(call, gate, up);
+      case Activation::gelu_tanh:
+        return activate_row<Activation::gelu_tanh>(call, gate, up);
       case Activation::clamped_swiglu:
         return activate_row<Activation::clamped_swiglu>(call, gate, up);
     }
@@ -244,8 +246,8 @@ class VectorExperts {
   template <Activation activation>
   MOE_ROUTING_INLINE void activate_row(const ExpertsCall& call, float* gate, const float* up) {
     for (int r = 0; r < kBlockColumns; r += kLanes) {
-      store(gate + r, activate<activation>(load<Floats>(gate + r), load<Floats>(up + r),
-                                           call.alpha, call.limit));
+      store(gate + r, activate<activation>(load<Floats>(gate + r), load<Floats>(up + r), call.alpha,
+                                           call.limit));
     }
   }
 
@@ -286,8 +288,7 @@ class VectorExperts {
 
   template <int rows>
   static void multiply_rows(const Weight* weights, int64_t row_stride, const Input* const* inputs,
-                            int tokens, int64_t size, Tile& out, int r,
-                            Prefetcher& prefetcher) {
+                            int tokens, int64_t size, Tile& out, int r, Prefetcher& prefetcher) {
     const int64_t whole = size / Dot::kChunk * Dot::kChunk;
     Weight rest[rows][Dot::kChunk] = {};  // the last chunk, padded with zeros as the inputs are
     for (int i = 0; i < rows; ++i) {
@@ -301,9 +302,12 @@ class VectorExperts {
     int t = 0;
     for (; t + kStepTokens <= tokens; t += kStepTokens) step(Constant<kStepTokens>{}, t);
     switch (tokens - t) {
-      case 3: return step(Constant<3>{}, t);
-      case 2: return step(Constant<2>{}, t);
-      case 1: return step(Constant<1>{}, t);
+      case 3:
+        return step(Constant<3>{}, t);
+      case 2:
+        return step(Constant<2>{}, t);
+      case 1:
+        return step(Constant<1>{}, t);
     }
   }
 
@@ -331,8 +335,9 @@ class VectorExperts {
 template <class Dot>
 constexpr ExpertsKernel make_kernel() {
   using Experts = VectorExperts<Dot>;
-  return {Experts::input_bytes, Experts::activated_bytes, Experts::num_packs, Experts::pack,
-          Experts::gate_up,     Experts::down,            Experts::leave};
+  return {Experts::input_bytes, Experts::activated_bytes, Experts::num_packs,
+          Experts::pack,        Experts::gate_up,         Experts::down,
+          Experts::leave};
 }
 
 }  // namespace moe_routing::cpu::MOE_ROUTING_ISA

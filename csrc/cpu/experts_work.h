@@ -11,18 +11,18 @@ constexpr int kBlockColumns = 32;  // columns of the intermediate, or of the out
 // The rows of one active expert are the pairs first[i] .. first[i + 1].
 struct Work {
   const ExpertsCall* call;
-  int64_t input_size;            // columns of the hidden states
+  int64_t input_size;  // columns of the hidden states
   int32_t num_active;
   int32_t num_pairs;
   int32_t num_blocks;
-  const int32_t* experts;        // [num_active], ascending
-  const int32_t* first;          // [num_active + 1]
-  const int32_t* first_block;    // [num_active + 1]: blocks of at most 16 pairs of one expert
-  const int32_t* rows;           // [num_pairs], ascending within an expert
-  const float* weights;          // [num_pairs]
-  char* inputs;                  // hidden states in the layout of the kernel
-  char* activated;               // intermediate of every pair in that layout
-  float* sums;                   // [threads, rows, columns of a task]
+  const int32_t* experts;      // [num_active], ascending
+  const int32_t* first;        // [num_active + 1]
+  const int32_t* first_block;  // [num_active + 1]: blocks of at most 16 pairs of one expert
+  const int32_t* rows;         // [num_pairs], ascending within an expert
+  const float* weights;        // [num_pairs]
+  char* inputs;                // hidden states in the layout of the kernel
+  char* activated;             // intermediate of every pair in that layout
+  float* sums;                 // [threads, rows, columns of a task]
 };
 
 struct Columns {

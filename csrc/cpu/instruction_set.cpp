@@ -12,11 +12,11 @@
 
 namespace moe_routing::cpu {
 
-#define MOE_ROUTING_DECLARE(isa)                 \
-  namespace isa {                                \
-  void route(const Call& call);                  \
-  extern const ExpertsKernel bfloat16_experts;   \
-  extern const ExpertsKernel float32_experts;    \
+#define MOE_ROUTING_DECLARE(isa)               \
+  namespace isa {                              \
+  void route(const Call& call);                \
+  extern const ExpertsKernel bfloat16_experts; \
+  extern const ExpertsKernel float32_experts;  \
   }
 #if defined(__x86_64__)
 MOE_ROUTING_DECLARE(amx)

@@ -94,11 +94,17 @@ class ThreadRow {
   MOE_ROUTING_FN const Softmax& softmax() const { return softmax_; }
 
   template <class T>
-  MOE_ROUTING_FN T get(const Slots<T>& slots, int t) const { return slots.value[t]; }
+  MOE_ROUTING_FN T get(const Slots<T>& slots, int t) const {
+    return slots.value[t];
+  }
   template <class T>
-  MOE_ROUTING_FN T at(const Slots<T>& slots, int t) const { return slots.value[t]; }
+  MOE_ROUTING_FN T at(const Slots<T>& slots, int t) const {
+    return slots.value[t];
+  }
   template <class T>
-  MOE_ROUTING_FN void put(Slots<T>& slots, int t, T value) const { slots.value[t] = value; }
+  MOE_ROUTING_FN void put(Slots<T>& slots, int t, T value) const {
+    slots.value[t] = value;
+  }
 
   template <class F>
   MOE_ROUTING_FN unsigned which(F f) const {

@@ -29,17 +29,17 @@ void launch(const Call& call, DLDevice device) {
 Function bind(Tensor policies, Tensor similarity, Tensor out_union, Optional<Tensor> statistics,
               Optional<Tensor> workspace, int64_t top_k, int64_t scoring, int64_t num_groups,
               int64_t top_groups, bool renormalize, double scale, int64_t free_slots) {
-  bindings::check(policies.device().device_type == kDLCUDA, "policies", "a tensor on a CUDA device");
+  bindings::check(policies.device().device_type == kDLCUDA, "policies",
+                  "a tensor on a CUDA device");
   const bindings::Layer layer(policies, similarity, out_union, statistics, workspace,
                               kWorkspaceWords, top_k, scoring, num_groups, top_groups, renormalize,
                               scale, free_slots);
-  return Function::FromTyped(
-      [layer](TensorView scores, TensorView topk_ids, TensorView topk_weights,
-              TensorView policy_ids, int64_t part, Optional<TensorView> bias,
-              Optional<TensorView> gates) {
-        launch(layer.call(scores, topk_ids, topk_weights, policy_ids, part, bias, gates),
-               layer.device());
-      });
+  return Function::FromTyped([layer](TensorView scores, TensorView topk_ids,
+                                     TensorView topk_weights, TensorView policy_ids, int64_t part,
+                                     Optional<TensorView> bias, Optional<TensorView> gates) {
+    launch(layer.call(scores, topk_ids, topk_weights, policy_ids, part, bias, gates),
+           layer.device());
+  });
 }
 
 }  // namespace

@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kOneBlockRows* kWarp, 1)
   if (call.statistics == nullptr) return;
   __syncthreads();
   if (thread == 0) {
-    add_statistics<kPerLane>(call, shared.required, shared.before, shared.after, num_live, shared.num_moved);
+    add_statistics<kPerLane>(call, shared.required, shared.before, shared.after, num_live,
+                             shared.num_moved);
   }
 }
 
@@ -162,8 +163,7 @@ __device__ __forceinline__ int count_live(const Call& call, Shared& shared) {
 }
 
 template <bool kPacked, int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarp, 1)
-    decide_rows(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1) decide_rows(const __grid_constant__ Call call) {
   SIMT_SHARED(Shared, shared);
   simt::grid_dependency_launch();
   Workspace& workspace = *reinterpret_cast<Workspace*>(call.workspace);
@@ -264,8 +264,7 @@ __device__ __forceinline__ void finish_statistics(const Call& call, Workspace& w
 }
 
 template <bool kPacked, int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarp, 1)
-    settle_rows(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kWarps* kWarp, 1) settle_rows(const __grid_constant__ Call call) {
   SIMT_SHARED(Shared, shared);
   Workspace& workspace = *reinterpret_cast<Workspace*>(call.workspace);
   const int warp = threadIdx.x / kWarp;
@@ -330,8 +329,8 @@ cudaError_t launch_for_experts(const Call& call, cudaStream_t stream) {
 // Run one call on `stream`. All pointers of `call` are device memory; `workspace` is needed above
 // kOneBlockRows rows.
 inline cudaError_t route(const Call& call, cudaStream_t stream) {
-  const bool is_packed = call.scores.type != FloatType::float32 && call.bias == nullptr &&
-                         call.num_groups == 1;
+  const bool is_packed =
+      call.scores.type != FloatType::float32 && call.bias == nullptr && call.num_groups == 1;
   return is_packed ? launch_for_experts<true>(call, stream)
                    : launch_for_experts<false>(call, stream);
 }

@@ -113,9 +113,7 @@ class WarpRow {
     return __ballot_sync(kAll, lane_ < call_.top_k && f(lane_));
   }
 
-  __device__ __forceinline__ float sum(float slots) const {
-    return sum_first(slots, call_.top_k);
-  }
+  __device__ __forceinline__ float sum(float slots) const { return sum_first(slots, call_.top_k); }
   __device__ __forceinline__ float sum_first(float slots, int n) const {
     return add_lanes(lane_ < n ? slots : 0.0f);
   }

@@ -87,8 +87,8 @@ class Buffer {
     }
     const int64_t page = sysconf(_SC_PAGESIZE);
     const int64_t pages = (bytes + page - 1) / page * page;
-    void* const start = mmap(nullptr, pages + page, PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* const start =
+        mmap(nullptr, pages + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED || mprotect(static_cast<char*>(start) + pages, page, PROT_NONE) != 0) {
       fail("no memory");
     }
@@ -191,8 +191,8 @@ struct Rows {
         values(rows * columns, 0.0) {}
 
   void put(int64_t row, int64_t column, double value) {
-    const float exact = memory.type() == FloatType::float32 ? static_cast<float>(value)
-                                                            : short_float(value);
+    const float exact =
+        memory.type() == FloatType::float32 ? static_cast<float>(value) : short_float(value);
     memory.put(row * stride + column, exact);
     values[row * columns + column] = exact;
   }
@@ -425,16 +425,16 @@ Problem random_problem(Dice& dice) {
   problem.has_own_thread = dice.chance(0.5);
   const bool has_guard = problem.has_guard;
 
-  problem.hidden_states = Rows(problem.type(), sizes.rows, sizes.hidden,
-                               sizes.hidden + random_gap(dice), has_guard);
+  problem.hidden_states =
+      Rows(problem.type(), sizes.rows, sizes.hidden, sizes.hidden + random_gap(dice), has_guard);
   for (int64_t row = 0; row < sizes.rows; ++row) {
     for (int64_t k = 0; k < sizes.hidden; ++k) problem.hidden_states.put(row, k, dice.normal());
   }
   problem.topk_weights =
       Rows(dice.one_of({FloatType::float32, FloatType::bfloat16, FloatType::float16}), sizes.rows,
            sizes.top_k, sizes.top_k + dice.one_of({0, 3}), has_guard);
-  problem.topk_ids = Ids(dice.chance(0.5), sizes.rows, sizes.top_k,
-                         sizes.top_k + dice.one_of({0, 2}), has_guard);
+  problem.topk_ids =
+      Ids(dice.chance(0.5), sizes.rows, sizes.top_k, sizes.top_k + dice.one_of({0, 2}), has_guard);
   fill_slots(problem, dice);
 
   problem.w13 = Matrices(problem.type(), sizes.experts, 2 * sizes.intermediate, sizes.hidden,

@@ -13,9 +13,15 @@
 #if !defined(ROUTE_DRIVER_NO_CPU)
 // One by one: what chooses among them knows the experts' code too.
 namespace moe_routing::cpu {
-namespace avx512 { void route(const Call& call); }
-namespace avx2 { void route(const Call& call); }
-namespace portable { void route(const Call& call); }
+namespace avx512 {
+void route(const Call& call);
+}
+namespace avx2 {
+void route(const Call& call);
+}
+namespace portable {
+void route(const Call& call);
+}
 }  // namespace moe_routing::cpu
 #endif
 
@@ -82,7 +88,8 @@ void run(const Header& header, const Call& call) {
 void serve(const Header& h) {
   const Bytes scores =
       receive(width(h.score_type) * extent(h.num_rows, h.num_experts, h.score_stride));
-  const Bytes gates = receive(h.has_gates ? 4 * extent(h.num_rows, h.num_experts, h.num_experts) : 0);
+  const Bytes gates =
+      receive(h.has_gates ? 4 * extent(h.num_rows, h.num_experts, h.num_experts) : 0);
   const Bytes bias = receive(h.has_bias ? 4 * h.num_experts : 0);
   const size_t id_width = h.ids_are_wide ? 8 : 4;
   const size_t ids_size = id_width * extent(h.num_rows, h.top_k, h.id_stride);

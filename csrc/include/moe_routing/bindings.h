@@ -184,8 +184,8 @@ class Layer {
       const Tensor sums = *statistics_;
       check_dimensions(sums, "statistics", 2);
       num_parts_ = sums.size(0);
-      call_.statistics = checker_.dense<int64_t>(sums, "statistics", kDLInt,
-                                                 {num_parts_, kNumStatistics});
+      call_.statistics =
+          checker_.dense<int64_t>(sums, "statistics", kDLInt, {num_parts_, kNumStatistics});
     }
     if (workspace_.has_value()) {
       const Tensor words = *workspace_;

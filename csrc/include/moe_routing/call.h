@@ -1,5 +1,5 @@
-// What one re-routing call is made of. Plain data: the same structures are read by CPU threads, CUDA
-// kernels and the simulator.
+// What one re-routing call is made of. Plain data: the same structures are read by CPU threads,
+// CUDA kernels and the simulator.
 #pragma once
 #include <cstdint>
 
@@ -21,7 +21,7 @@ constexpr int kMaxGroups = 32;
 constexpr int kQuanta = 65536;   // most demand of one row for one expert
 constexpr int kMaxRows = 65535;  // of a call: their demand for one expert fits 32 bits
 constexpr int kPad = -1;         // policy id of a padded row
-constexpr int kFree = -1;        // id of a slot without an expert, within and under FreeSlots::ignored
+constexpr int kFree = -1;  // id of a slot without an expert, within and under FreeSlots::ignored
 constexpr int kUnionWords = kMaxExperts / 32;
 
 enum class FloatType : int32_t { float32, bfloat16, float16 };
@@ -102,11 +102,11 @@ struct Call {
   const float* similarity = nullptr;  // [num_artifacts, num_experts, num_experts]
 
   FreeSlots free_slots = FreeSlots::ignored;
-  IdRows out_ids;         // written; may be topk_ids itself
-  FloatRows out_weights;  // written; may be topk_weights itself
-  uint8_t* out_union = nullptr;           // [num_experts], 1 for experts that some row requires
-  int64_t* statistics = nullptr;          // [kNumStatistics], added to; null: nothing is counted
-  uint32_t* workspace = nullptr;          // two-launch form only: kWorkspaceWords, any contents
+  IdRows out_ids;                 // written; may be topk_ids itself
+  FloatRows out_weights;          // written; may be topk_weights itself
+  uint8_t* out_union = nullptr;   // [num_experts], 1 for experts that some row requires
+  int64_t* statistics = nullptr;  // [kNumStatistics], added to; null: nothing is counted
+  uint32_t* workspace = nullptr;  // two-launch form only: kWorkspaceWords, any contents
 };
 
 }  // namespace moe_routing

@@ -37,7 +37,8 @@ MOE_ROUTING_FN float minus_infinity() { return float_of(0xff800000u); }
 // say "no expert".
 MOE_ROUTING_FN uint32_t ordered(float value) {
   const uint32_t bits = bits_of(value + 0.0f);
-  const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  const uint32_t key =
+      bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
   return (bits & 0x7fffffffu) > kInfinityBits ? 1u : key;
 }
 

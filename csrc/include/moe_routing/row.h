@@ -7,8 +7,8 @@
 // A call has two passes with a barrier of all rows between them:
 //   decide   what the row insists on; the union over all live rows is U
 //   settle   which experts and weights the row ends up with, given U
-// Between them the experts that rows demand most, as many as the largest of their `max_active`, join
-// U; `least_demand` says from which demand on.
+// Between them the experts that rows demand most, as many as the largest of their `max_active`,
+// join U; `least_demand` says from which demand on.
 //
 // `Row` offers
 //   call(), policy(), is(flag)          the data; the row's policy, which a vanilla row may lack
@@ -61,7 +61,8 @@ struct Demand {
   uint32_t quanta;
 };
 
-// What the softmax of a row needs besides its logits. Factors cancel where weights are renormalised.
+// What the softmax of a row needs besides its logits. Factors cancel where weights are
+// renormalised.
 struct Softmax {
   float top = 0.0f;  // largest logit, at most kLargest
   float inverse_total = 1.0f;
@@ -243,9 +244,8 @@ MOE_ROUTING_FN Taken take(Row& row, const typename Row::Ints& order, int num_req
   const int max_rank = smaller(row.policy().max_rank, num_experts);
   int n = num_required;
   if (n >= limit) return {n, n};
-  unsigned loaded = row.which([&](int t) {
-    return t >= num_required && t < max_rank && row.in_union(row.at(order, t));
-  });
+  unsigned loaded = row.which(
+      [&](int t) { return t >= num_required && t < max_rank && row.in_union(row.at(order, t)); });
   MOE_ROUTING_ROLLED
   for (int t = 0; loaded != 0 && n < limit; ++t, loaded >>= 1) {
     if (loaded & 1u) row.put(chosen, n++, row.get(order, t));
@@ -286,8 +286,8 @@ MOE_ROUTING_FN void move_to_stand_ins(Row& row, typename Row::Ints& ids,
     const int expert = row.get(ids, t);
     const Neighbour nearest = row.nearest(expert);
     if (nearest.similarity < row.policy().threshold) continue;
-    const float share = row.is(kHasCoefficients) ? row.coefficient(expert, nearest.id)
-                                                 : row.policy().compensation;
+    const float share =
+        row.is(kHasCoefficients) ? row.coefficient(expert, nearest.id) : row.policy().compensation;
     row.put(ids, t, nearest.id);
     row.put(weights, t, row.get(weights, t) * share);
   }
@@ -329,8 +329,8 @@ MOE_ROUTING_FN typename Row::Floats map_weights(Row& row, const typename Row::In
   return weights;
 }
 
-// The weights of the `taken` experts, whose gates are `gates`. Where the policy says how much of the
-// lost weight stays, they add up to the row's own sum, less what is given up.
+// The weights of the `taken` experts, whose gates are `gates`. Where the policy says how much of
+// the lost weight stays, they add up to the row's own sum, less what is given up.
 template <class Row>
 MOE_ROUTING_FN typename Row::Floats weigh(Row& row, const typename Row::Ints& order,
                                           const typename Row::Floats& gates, const Taken& taken) {
