@@ -11,7 +11,7 @@ import pytest
 
 from scripts import make_tiny_models
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import (
+from sglang_moe_routing.serving.server import (
     free_port,
     server_command,
     server_environment,
