@@ -12,6 +12,6 @@ if [ $# -gt 0 ]; then
 fi
 unset PYTHONDONTWRITEBYTECODE # every process of every server would compile the package anew
 status=0
-"$venv/bin/python" -m pytest -m "not serial" -n 2 --dist loadgroup --no-loadscope-reorder || status=$?
+"$venv/bin/python" -m pytest -m "not serial" -n 2 --dist loadfile --no-loadscope-reorder || status=$?
 "$venv/bin/python" -m pytest -m serial || status=$?
 exit "$status"

@@ -126,10 +126,7 @@ def scripts() -> Any:
     return module
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES],
-)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(
     request: pytest.FixtureRequest, scripts: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Family]:

@@ -64,12 +64,7 @@ def params(max_new_tokens: int) -> dict[str, Any]:
     return {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
 
 
-def in_groups(*names: str) -> list[Any]:
-    """Values of a fixture; with each its own tests, which may run beside the others'."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(f"reload {name}")) for name in names]
-
-
-@pytest.fixture(scope="module", params=in_groups("eager", "graphs"))
+@pytest.fixture(scope="module", params=["eager", "graphs"])
 def server(
     request: Any, start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Reloading]:
@@ -417,7 +412,7 @@ def test_graphs_captured_anew_reroute_and_keep_the_counts(
 # --- several schedulers ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=in_groups("--tp-size", "--dp-size"))
+@pytest.fixture(scope="module", params=["--tp-size", "--dp-size"])
 def pair(
     request: Any, start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Reloading]:
