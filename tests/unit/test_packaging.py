@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from configparser import ConfigParser
 from email.parser import Parser
 from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts import check_release
 
 ROOT = Path(__file__).parents[2]
 PLATFORM = ROOT / "sglang_moe_routing/cpu/distribution"
@@ -34,3 +40,35 @@ def test_the_audit_asks_no_index_for_the_platform() -> None:
         f"freeze --exclude-editable --exclude {metadata['Name']} |"
         in (ROOT / "scripts/audit.sh").read_text()
     )
+
+
+def test_every_place_says_the_version_of_the_project() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    said = {"CITATION.cff": yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]}
+    for file in ("docker/Dockerfile", "docker/Dockerfile.cpu"):
+        (said[file],) = re.findall(r"^ARG VERSION=(.*)$", (ROOT / file).read_text(), re.MULTILINE)
+    assert said == dict.fromkeys(said, version)
+
+
+def test_a_tag_must_be_the_version_and_the_changelog_know_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_release, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 1.2.3 (2026-12-01)\n\n## 1.2.2\n")
+    assert check_release.problems("v1.2.3") == []
+    (wrong_tag,) = check_release.problems("v1.2.4")
+    assert "the tag is v1.2.4, but pyproject.toml says version 1.2.3: tag v1.2.3" in wrong_tag
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\nfor 1.2.3\n")
+    (unknown,) = check_release.problems("v1.2.3")
+    assert "CHANGELOG.md has no heading '## 1.2.3'" in unknown
+
+
+def test_commit_hooks_are_the_steps_of_the_check() -> None:
+    """One list: a hook calls a step, and every step is a hook."""
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = [hook["entry"] for hook in local["hooks"]]
+    (steps,) = re.findall(
+        r"\|\| set -- (.*)$", (ROOT / "scripts/check.sh").read_text(), re.MULTILINE
+    )
+    assert hooks == [f"scripts/check.sh {step}" for step in steps.split()]
