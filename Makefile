@@ -20,7 +20,8 @@ e2e: ## tests that start servers
 	$(PYTEST) -m "e2e and serial"
 
 .PHONY: kernels
-kernels: ## kernels and calibration
+kernels: export MOE_ROUTING_TEST_EXAMPLES = 100
+kernels: ## kernels and calibration, with twice the random calls of `make test`
 	$(PYTEST) -m "kernels or calibration" -n 2 --dist loadfile
 
 .PHONY: gpu

@@ -7,10 +7,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 install test
 say "running the tests"
 cd "$root"
+unset PYTHONDONTWRITEBYTECODE # every process of every server would compile the package anew
 if [ $# -gt 0 ]; then
   exec "$venv/bin/python" -m pytest "$@"
 fi
-unset PYTHONDONTWRITEBYTECODE # every process of every server would compile the package anew
 status=0
 "$venv/bin/python" -m pytest -m "not serial" -n 2 --dist loadfile --no-loadscope-reorder || status=$?
 "$venv/bin/python" -m pytest -m serial || status=$?

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -515,3 +516,12 @@ def varied_case(shape: Shape, seed: int, specs: tuple[Spec, ...] | None = None) 
             scale=2.5,
         )
     )
+
+
+def examples(number: int) -> int:
+    """How many random calls a property is held to: half of them, or what the variable says.
+
+    A run of all tests has six implementations to go through; `make kernels` takes all.
+    """
+    percent = int(os.environ.get("MOE_ROUTING_TEST_EXAMPLES", "50"))
+    return max(1, number * percent // 100)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -289,6 +292,23 @@ def test_returned_routed_experts_replay_those_that_ran(stressed: Running, policy
         row = ran[step, layer]
         assert set(mask[step, layer].nonzero()[0]) == set(row[row >= 0])
         assert (replayed[step, layer][row < 0] == row[0]).all()
+
+
+def test_a_trainer_with_the_experts_that_ran_has_the_rollouts_log_probabilities(
+    stressed: Running,
+) -> None:
+    """As the example does it; the server computes in bfloat16, the trainer in float32."""
+    script = Path(__file__).parents[2] / "examples" / "replay_routed_experts.py"
+    run = subprocess.run(
+        [sys.executable, str(script), str(demo.MODEL), stressed.url, "topk-k3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    own, replayed = map(float, re.findall(r"off by ([\d.]+) nats", run.stdout))
+    assert replayed < 0.02
+    assert own > 5 * replayed
 
 
 @pytest.fixture(scope="module")

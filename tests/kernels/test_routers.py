@@ -26,6 +26,7 @@ from tests.cases import (
     Case,
     Spec,
     ask_oracle,
+    examples,
     keep_off_close_demands,
     make_artifact,
     make_base,
@@ -55,8 +56,8 @@ SCORE_ATOL = 2e-7
 STRENGTH_MARGIN = 2e-6
 MASS_MARGIN = 3e-5
 
-thorough = settings(max_examples=80, deadline=None, database=None)
-brief = settings(max_examples=30, deadline=None, database=None)
+thorough = settings(max_examples=examples(80), deadline=None, database=None)
+brief = settings(max_examples=examples(30), deadline=None, database=None)
 
 
 @dataclass(frozen=True)

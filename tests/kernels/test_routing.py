@@ -43,6 +43,7 @@ from tests.cases import (
     assert_same_bits,
     bits,
     cases,
+    examples,
     keep_off_close_demands,
     keep_off_thresholds,
     make_scores,
@@ -63,8 +64,8 @@ from tests.kernels.driver import Outcome, apart
 NUM_EXPERTS = (1, 7, 8, 60, 64, 72, 128, 160, 256, 512, 896, 1024)
 MAX_TOP_K = 32
 
-thorough = settings(max_examples=120, deadline=None, database=None)
-brief = settings(max_examples=40, deadline=None, database=None)
+thorough = settings(max_examples=examples(120), deadline=None, database=None)
+brief = settings(max_examples=examples(40), deadline=None, database=None)
 
 
 @st.composite
