@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import re
 import subprocess
@@ -28,34 +27,24 @@ POLICIES = ("vanilla", "oea-k3", "oea-k2", "topk-k3", "sere-s2", "late")
 def generate_all(
     url: str, policies: Iterable[str], max_new_tokens: int = 12, **extra: Any
 ) -> list[dict[str, Any]]:
-    """One /generate request per policy, all at once; temperature 0, full length."""
+    """One prompt per policy, temperature 0, full length.
+
+    All in one request: however busy the machine, they share batches.
+    """
     prompts = demo.read_prompts()
-
-    async def send_all() -> list[dict[str, Any]]:
-        async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-            responses = await asyncio.gather(
-                *(
-                    http.post(
-                        "/generate",
-                        json={
-                            "text": prompts[i % len(prompts)],
-                            "rid": f"{i}-{policy}-{np.random.default_rng().integers(1 << 60)}",
-                            "sampling_params": {
-                                "max_new_tokens": max_new_tokens,
-                                "temperature": 0,
-                                "ignore_eos": True,
-                            },
-                            **extra,
-                        },
-                        headers={HEADER: policy},
-                    )
-                    for i, policy in enumerate(policies)
-                )
-            )
-        assert [r.status_code for r in responses] == [200] * len(responses)
-        return [response.json() for response in responses]
-
-    return asyncio.run(send_all())
+    params = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+    asked = list(enumerate(policies))
+    body = {
+        "text": [prompts[i % len(prompts)] for i, _ in asked],
+        "rid": [f"{i}-{name}-{np.random.default_rng().integers(1 << 60)}" for i, name in asked],
+        "sampling_params": [
+            {**params, "custom_params": {"moe_routing_policy": name}} for _, name in asked
+        ],
+        **extra,
+    }
+    response = httpx.post(f"{url}/generate", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    return list(response.json())
 
 
 def check_all(calls: list[dict[str, Any]], similarity: dict[int, np.ndarray]) -> Counter[str]:
