@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -80,7 +81,36 @@ def test_source_distribution_holds_what_the_tests_read(distributions: Path) -> N
     for folder in ("docker", "docs", "examples", "tests", "scripts", "configs", "csrc"):
         files = (p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc")
         assert {str(p.relative_to(ROOT)) for p in files} - names == set()
-    assert {"README.md", "CHANGELOG.md", "docker/Dockerfile", ".ci/run"} <= names
+    files = {
+        "README.md",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "Makefile",
+        "docker/Dockerfile",
+        ".ci/run",
+    }
+    assert (
+        files | {"docker/Dockerfile", ".pre-commit-config.yaml", ".github/workflows/publish.yml"}
+        <= names
+    )
+
+
+def test_source_distribution_passes_tests_of_its_own(distributions: Path, tmp_path: Path) -> None:
+    """Those of documents and packaging, which read most; the workflow `publish` runs more."""
+    (path,) = distributions.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    tests = ["tests/unit/test_docs.py", "tests/unit/test_packaging.py"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
 
 
 def test_wheel_holds_everything_that_it_needs(wheel: Path) -> None:
