@@ -11,7 +11,7 @@ from .conftest import Running
 
 
 def test_bench_serve_reports_active_experts_beside_times(served: Running, tmp_path: Path) -> None:
-    sizes = ["--concurrency", "4", "--num-prompts", "4", "--input-len", "4", "--output-len", "4"]
+    sizes = ["--concurrency", "4", "--num-prompts", "4", "--input-len", "4", "--output-len", "24"]
     command = ["bench", "serve", "--url", served.url, "--policies", "vanilla,topk-k3", *sizes]
     command += ["--rounds", "1", "--out", str(tmp_path), "--json"]
     run = subprocess.run(

@@ -49,8 +49,9 @@ def body(text: str = "The", **custom: Any) -> dict[str, Any]:
 
 
 def generate_all(url: str, requests: list[tuple[str, str]]) -> list[str]:
-    """Texts of concurrent requests, each an API key and a policy."""
+    """Texts of concurrent requests, each an API key and a policy; long enough to meet."""
     prompts = demo.read_prompts()
+    long = {**body()["sampling_params"], "max_new_tokens": 32}
 
     async def send_all() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=300) as http:
@@ -58,7 +59,11 @@ def generate_all(url: str, requests: list[tuple[str, str]]) -> list[str]:
                 *(
                     http.post(
                         "/generate",
-                        json={**body(prompts[i]), "rid": f"{key}-{i}-{id(requests)}"},
+                        json={
+                            "text": prompts[i],
+                            "sampling_params": long,
+                            "rid": f"{key}-{i}-{id(requests)}",
+                        },
                         headers=headers(key, policy),
                     )
                     for i, (key, policy) in enumerate(requests)

@@ -143,7 +143,7 @@ def send_by_key(url: httpx.URL, num_each: int) -> None:
                         json={
                             "model": "demo",
                             "prompt": prompts[i % len(prompts)],
-                            "max_tokens": 8,
+                            "max_tokens": 24,
                             "ignore_eos": True,
                         },
                         headers={FORWARDED: policy, KEY: policy},
