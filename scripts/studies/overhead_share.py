@@ -5,7 +5,7 @@ whose innermost Python frame is this package's, or SGLang's hook machinery. The 
 of the portable CPU platform, which run without policies too, do not count. `wrappers` is the part
 of the hook machinery, `counting` that of statistics and metrics, but for what kernels count. What
 two servers differ by from start to start does not blur this, as it does a comparison of their times
-(scripts/overhead.py).
+(scripts/studies/overhead.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Keep a real server under mixed load for a while, and check that it stays right and lean.
 
-    python -m scripts.soak                                          # 30 s at 1, 16, 64 and 256
-    python -m scripts.soak --concurrency 64 --seconds 600           # ten minutes at 64
-    python -m scripts.soak --reload-every 5                         # with a reload every 5 s
+    python -m tests.soak                                          # 30 s at 1, 16, 64 and 256
+    python -m tests.soak --concurrency 64 --seconds 600           # ten minutes at 64
+    python -m tests.soak --reload-every 5                         # with a reload every 5 s
 
 Starts a server on loopback with a KV pool too small for the load, so that requests are retracted.
 Requests are drawn from a seed: every policy, named in every way, on three endpoints, streamed or

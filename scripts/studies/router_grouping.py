@@ -1,6 +1,6 @@
 """Measure what grouping requests by policy does to active experts: two workers behind a router.
 
-    python scripts/router_grouping.py --router sglang-router --out docs/bench/router-grouping.json
+    python scripts/studies/router_grouping.py --router sglang-router --out build/grouping.json
 
 The same requests are sent to two servers of the demo model in several arrangements: `spread` lets
 the router take turns, so that policies mix on both; the others send all requests of a policy to
