@@ -81,9 +81,10 @@ def main(
     concurrency: int = 8,
     num_tokens: int = 256,
     seconds: int = 60,
-    output: Path = Path("docs/bench/overhead-share.json"),
+    output: Path = Path("build/overhead-share.json"),
 ) -> None:
     """Serve, load, sample, write JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     prompts = demo.read_prompts()
     with tempfile.TemporaryDirectory() as scratch:

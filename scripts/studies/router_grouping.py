@@ -33,6 +33,7 @@ from rich.table import Table
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.bench.load import read_counts
+from sglang_moe_routing.bench.machine import describe_machine
 from sglang_moe_routing.bench.server import free_port, running_server, stop_server
 from sglang_moe_routing.errors import EngineError
 
@@ -340,6 +341,7 @@ def main() -> None:
         "model": "demo",
         "repetitions": args.repetitions,
         "max_tokens": args.max_tokens,
+        "machine": describe_machine(),
         "requests": {name: dict(mix) for name, (mix, _) in MIXES.items()},
         "results": results,
     }

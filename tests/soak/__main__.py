@@ -14,7 +14,7 @@ its KV pool after every step. With `--reload-every`, the config changes and is r
 every other version asks for one expert more in each `oea` policy and has one policy more. Status 1,
 with the problems, if anything is wrong.
 
-Writes docs/bench/soak.json. Takes levels times seconds and two to three minutes more.
+Writes build/soak.json. Takes levels times seconds and two to three minutes more.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .checks import check_counts, check_growth, check_log, check_metrics, check_
 from .figures import report, summarize
 from .readings import Watch, read_idle, read_served
 
-OUT = Path(__file__).resolve().parents[2] / "docs" / "bench" / "soak.json"
+OUT = Path(__file__).resolve().parents[2] / "build" / "soak.json"
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
