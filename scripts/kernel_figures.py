@@ -400,8 +400,8 @@ def summary(figures: Figures) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--check", action="store_true", help="compile and compare; write nothing")
-    choice.add_argument("--summary", action="store_true", help="print the recorded figures")
+    choice.add_argument("--check", action="store_true", help="Compile and compare; write nothing.")
+    choice.add_argument("--summary", action="store_true", help="Print the recorded figures.")
     options = parser.parse_args(arguments)
     recorded = read(FIGURES)
     if options.summary:

@@ -196,14 +196,14 @@ def measure(folder: Path) -> list[tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write the model")
+    parser.add_argument("folder", type=Path, help="Where to write the model.")
     parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--hidden", type=int, default=Shape.hidden)
     parser.add_argument("--moe-intermediate", type=int, default=Shape.moe_intermediate)
     parser.add_argument("--experts", type=int, default=Shape.experts)
     parser.add_argument("--top-k", type=int, default=Shape.top_k)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measure", action="store_true", help="measure `folder` instead")
+    parser.add_argument("--measure", action="store_true", help="Measure `folder` instead.")
     args = parser.parse_args()
     if args.measure:
         for layer, (std, mass) in enumerate(measure(args.folder)):

@@ -264,7 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--out", type=Path, default=Path("build/tiny_models"))
-    parser.add_argument("--tokenizer", type=Path, default=DEMO_MODEL, help="model folder")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=DEMO_MODEL, help="Folder of the tokenizer."
+    )
     args = parser.parse_args()
     for family in args.families:
         folder = make(family, args.out / family, args.tokenizer)

@@ -497,8 +497,10 @@ def write_texts(corpus: dict[str, dict[str, list[str]]], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, default=Path("build/demo_model"), help="scratch")
-    parser.add_argument("--out", type=Path, default=DEMO_DIR / "model", help="model folder")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("build/demo_model"), help="Scratch folder."
+    )
+    parser.add_argument("--out", type=Path, default=DEMO_DIR / "model", help="Model folder.")
     parser.add_argument("--heldout", type=Path, default=DEMO_DIR / "heldout.txt")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=1900)
@@ -507,7 +509,7 @@ def main() -> None:
     parser.add_argument("--chat-share", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--text-only", action="store_true", help="make the texts and stop")
+    parser.add_argument("--text-only", action="store_true", help="Make the texts and stop.")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

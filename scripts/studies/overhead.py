@@ -131,9 +131,11 @@ def _interval(rounds: list[list[float]]) -> dict[str, float]:
 
 
 def main(
-    comparisons: Annotated[list[str] | None, typer.Argument(help=", ".join(COMPARISONS))] = None,
+    comparisons: Annotated[
+        list[str] | None, typer.Argument(help=f"Any of {', '.join(COMPARISONS)}.")
+    ] = None,
     num_rounds: Annotated[int, typer.Option("--rounds")] = 6,
-    num_pairs: Annotated[int, typer.Option("--pairs", help="of every round")] = 10,
+    num_pairs: Annotated[int, typer.Option("--pairs", help="Pairs of every round.")] = 10,
     concurrency: int = 8,
     num_tokens: int = 256,
     output: Path = Path("build/overhead.json"),

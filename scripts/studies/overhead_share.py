@@ -75,7 +75,9 @@ def summarize(samples: Path) -> dict[str, Any]:
 
 
 def main(
-    policies: Annotated[list[str] | None, typer.Argument(help="default: vanilla")] = None,
+    policies: Annotated[
+        list[str] | None, typer.Argument(help="Policies of the load; vanilla by default.")
+    ] = None,
     model: Path = demo.MODEL,
     routing_config: Path = demo.CONFIG,
     concurrency: int = 8,

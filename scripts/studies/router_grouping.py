@@ -319,10 +319,10 @@ def running_fleet(router: Sequence[str], folder: Path) -> Iterator[Fleet]:
 def main() -> None:
     console = Console()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--router", default="sglang-router", help="program of sglang-router")
+    parser.add_argument("--router", default="sglang-router", help="Program of sglang-router.")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write.")
     args = parser.parse_args()
     program = shutil.which(args.router)
     if program is None:

@@ -37,7 +37,7 @@ from .output import (
 def serve(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or name; of the tokenizer with --url.")
+        str | None, typer.Argument(help="Model folder or name; with --url, whose tokenizer to use.")
     ] = None,
     routing_config: Annotated[
         Path | None,

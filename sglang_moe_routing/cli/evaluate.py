@@ -44,7 +44,7 @@ Data = Annotated[
 PrefixLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens that are scored after each prompt.")]
 NumSequences = Annotated[int, typer.Option(min=1, help="Sequences, from all sources together.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of sequences and their batches.")]
+Seed = Annotated[int, typer.Option(help="Seed of the choice of sequences and their batches.")]
 TextColumn = Annotated[str, typer.Option(help="Column of a table that holds the text.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the tokenizer brings.")

@@ -57,7 +57,7 @@ def tune(
     data: Data,
     out: Annotated[Path, typer.Option(help="Routing config to write.", dir_okay=False)],
     max_ce_increase: Annotated[
-        float, typer.Option(min=0.0, help="Of the cross-entropy, as a share: 0.01 is 1 %.")
+        float, typer.Option(min=0.0, help="Largest increase of the cross-entropy, as a share.")
     ] = 0.01,
     batch_sizes: Annotated[str, typer.Option(help="Sequences per batch.")] = "4,16",
     kinds: Annotated[
@@ -75,7 +75,9 @@ def tune(
     text_column: TextColumn = "text",
     trust_remote_code: TrustRemoteCode = False,
     cpu: Cpu = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the config.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a config that is there already.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Search policies on one half of the text, confirm on the other, write a routing config.

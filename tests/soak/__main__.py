@@ -251,17 +251,25 @@ def server_flags(args: argparse.Namespace) -> list[str]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--seconds", type=float, default=30.0, help="of every level")
+    parser.add_argument("--seconds", type=float, default=30.0, help="Length of every level.")
     parser.add_argument("--warm-up-seconds", type=float, default=20.0)
-    parser.add_argument("--max-requests", type=int, default=100_000, help="of every level")
+    parser.add_argument(
+        "--max-requests", type=int, default=100_000, help="Requests of every level."
+    )
     parser.add_argument("--routing-config", type=Path, default=demo.CONFIG)
-    parser.add_argument("--policies", nargs="+", default=[], help="default: all choosable")
-    parser.add_argument("--max-total-tokens", type=int, default=4096, help="the KV pool")
+    parser.add_argument(
+        "--policies", nargs="+", default=[], help="Names of policies; all choosable by default."
+    )
+    parser.add_argument("--max-total-tokens", type=int, default=4096, help="Size of the KV pool.")
     parser.add_argument("--max-running-requests", type=int, default=256)
-    parser.add_argument("--max-growth-mib", type=float, default=64.0, help="of every process")
-    parser.add_argument("--reload-every", type=float, help="seconds; never by default")
+    parser.add_argument(
+        "--max-growth-mib", type=float, default=64.0, help="Allowed to every process."
+    )
+    parser.add_argument(
+        "--reload-every", type=float, help="Seconds between reloads; none by default."
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", type=Path, help="keep the server's log here")
+    parser.add_argument("--log", type=Path, help="Where to keep the server's log.")
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args(arguments)
 

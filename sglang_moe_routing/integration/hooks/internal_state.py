@@ -16,7 +16,7 @@ from .. import http_server, runtime
 from ..hooking import Hook
 from ..reloading import ERROR
 from ..statistics import KEY
-from .reload import FOLLOWER
+from .reload import PARTICIPANT
 
 
 def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -28,7 +28,7 @@ def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         "experts": state.experts,
         "layers": layers,
         "policies": state.row_counts.read() if state.row_counts else None,
-        ERROR: FOLLOWER.error,
+        ERROR: PARTICIPANT.error,
     }
 
 
