@@ -18,9 +18,9 @@ from typing import Any
 
 import jinja2
 
+from sglang_moe_routing import environment
 from sglang_moe_routing.config import json_schema
 from sglang_moe_routing.config.schema import HEADER_PATTERN, NAME_PATTERN
-from sglang_moe_routing.integration import environment
 from sglang_moe_routing.kernels import native
 from sglang_moe_routing.policies import Schedule, builtin_registry
 

@@ -14,13 +14,13 @@ import typer
 from rich.table import Table
 
 from .. import demo as assets
+from .. import environment
 from ..artifacts import load_artifact
-from ..bench.load import Answer, Job, Load, LoadClient
-from ..bench.server import Server, has_accelerator, running_server
 from ..bench.verify import Verdict, verify_calls
 from ..config import VANILLA, LoadedConfig, load_config
-from ..integration import environment
-from ..integration.recorder import read_records
+from ..runtime.recorder import read_records
+from ..serving.load import Answer, Job, Load, LoadClient
+from ..serving.server import Server, has_accelerator, running_server
 from .output import Json, clear_errors, console, errors, print_json
 
 NUM_REQUESTS = 16

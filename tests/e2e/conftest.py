@@ -14,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_moe_routing import demo
+from sglang_moe_routing import demo, environment
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.bench.server import Server, running_server
-from sglang_moe_routing.integration import environment
-from sglang_moe_routing.integration.recorder import read_records
+from sglang_moe_routing.runtime.recorder import read_records
+from sglang_moe_routing.serving.server import Server, running_server
 
 HEADER = "X-MoE-Routing-Policy"
 

@@ -19,8 +19,8 @@ import pytest
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.bench.server import free_port
-from sglang_moe_routing.integration.recorder import read_records
+from sglang_moe_routing.runtime.recorder import read_records
+from sglang_moe_routing.serving.server import free_port
 from tests.recorded import check_call
 
 from .conftest import HEADER, Running

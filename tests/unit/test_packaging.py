@@ -16,7 +16,7 @@ OF_A_MACHINE = re.compile(
     rb"(?<![\w.}])/(?:work|workspace|root|home|Users|mnt|tmp)/[\w.-]+|Linux \d+\.\d+\.\d+-\S+"
 )
 OF_THE_IMAGE = rb"/home/serve"
-PLATFORM = ROOT / "sglang_moe_routing/integration/cpu_platform/distribution"
+PLATFORM = ROOT / "sglang_moe_routing/cpu/distribution"
 
 
 def test_plugin_and_platform_are_distributions_of_their_own_in_one_wheel() -> None:
