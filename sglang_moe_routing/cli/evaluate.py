@@ -24,6 +24,7 @@ from ..policies import Policy
 from ..serving.machine import describe_machine
 from ..serving.server import running_server
 from ..text import TokenizedText, load_tokenizer, read_text
+from .options import Cpu, Policies
 from .output import (
     Json,
     check_matplotlib,
@@ -49,13 +50,6 @@ TextColumn = Annotated[str, typer.Option(help="Column of a table that holds the 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the tokenizer brings.")
 ]
-Cpu = Annotated[
-    bool | None,
-    typer.Option(
-        "--cpu/--no-cpu",
-        help="Use the portable CPU platform; by default where there is no accelerator.",
-    ),
-]
 
 
 def evaluate(
@@ -64,10 +58,7 @@ def evaluate(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the report.", file_okay=False)],
     routing_config: Annotated[Path, typer.Option(help="Routing config (YAML).")],
-    policies: Annotated[
-        str | None,
-        typer.Option(help="Policies to measure, separated by commas; all choosable if absent."),
-    ] = None,
+    policies: Policies = None,
     batch_sizes: Annotated[str, typer.Option(help="Sequences per batch.")] = "1,4,8,16,32",
     prefix_len: PrefixLen = 64,
     max_tokens: MaxTokens = 96,
@@ -309,15 +300,36 @@ def _family(policy: Policy, artifact: str | None) -> str:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    for section in dict.fromkeys(row["section"] for row in rows):
-        table = Table(title=section.replace("_", " "), box=box.SIMPLE, collapse_padding=True)
-        table.add_column("policy", overflow="fold")
-        for title in ("batch", "CE", "delta", "95 % interval", "agree %", "T", "T\nbase"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in rows:
-            if row["section"] == section:
-                table.add_row(row["policy"], *_cells(row))
+    """One table of policies for each section."""
+    columns = ("batch", "CE", "delta", "95 % interval", "agree %", "T", "T\nbase")
+    for section, mine in _by_section(rows):
+        table = _table(section, "policy", columns)
+        for row in mine:
+            table.add_row(row["policy"], *_cells(row))
         console.print(table)
+
+
+def print_pairs(compared: Sequence[Mapping[str, Any]]) -> None:
+    """One table of paired differences for each section."""
+    columns = ("batch", "CE", "95 % interval", "T", "T\nsecond", "")
+    for section, mine in _by_section(compared):
+        table = _table(f"pairs of {section}", "first\n- second", columns)
+        for row in mine:
+            table.add_row(f"{row['first']}\n- {row['second']}", *_pair_cells(row))
+        console.print(table)
+
+
+def _by_section(rows: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    for section in dict.fromkeys(row["section"] for row in rows):
+        yield section.replace("_", " "), [row for row in rows if row["section"] == section]
+
+
+def _table(title: str, first: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
 
 
 def _cells(row: Row) -> Iterator[str]:
@@ -328,20 +340,6 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{100 * row['agreement']:.1f}"
     yield f"{row['active_experts']:.2f}"
     yield f"{row['active_experts_base']:.2f}"
-
-
-def print_pairs(compared: Sequence[Mapping[str, Any]]) -> None:
-    for section in dict.fromkeys(row["section"] for row in compared):
-        title = f"pairs of {section.replace('_', ' ')}"
-        table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
-        table.add_column("first\n- second", overflow="fold")
-        for title in ("batch", "CE", "95 % interval", "T", "T\nsecond"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for row in compared:
-            if row["section"] == section:
-                table.add_row(f"{row['first']}\n- {row['second']}", *_pair_cells(row))
-        console.print(table)
 
 
 def _pair_cells(row: Mapping[str, Any]) -> Iterator[str]:

@@ -29,7 +29,6 @@ from ..evaluation.tune import (
 )
 from ..evaluation.tune import tune as search_and_confirm
 from .evaluate import (
-    Cpu,
     Data,
     MaxTokens,
     Model,
@@ -44,6 +43,7 @@ from .evaluate import (
     normalizes,
     tokenized,
 )
+from .options import Cpu
 from .output import Json, clear_errors, errors, numbers, print_json
 
 ARTIFACT = "calibrated"
