@@ -58,8 +58,9 @@ def evaluate(found: Found) -> dict[str, Any]:
         for policy, sizes in found.get(section, {}).items()
         for size, measured in sizes.items()
     ]
-    others = ("model", "vanilla_rounding", "pairs")
-    return {name: found[name] for name in others if name in found} | table(rows)
+    kept = {name: found[name] for name in ("model", "vanilla_rounding") if name in found}
+    pairs = {"pairs": table(found["pairs"])} if "pairs" in found else {}
+    return kept | table(rows) | pairs
 
 
 def serve(found: Found) -> dict[str, Any]:
