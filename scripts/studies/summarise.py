@@ -1,6 +1,6 @@
 """Make a summary, as committed in docs/bench, of the JSON that a measurement wrote.
 
-    python scripts/studies/summarise.py serve out/serve.json --out docs/bench/serve.json \\
+    python scripts/studies/summarise.py serve out/result.json --out docs/bench/serve.json \\
         --config configs/bench.yaml
 
 Kinds: evaluate, serve and layer (`bench`), soak, overhead, share (overhead_share.py), grouping
