@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,16 @@ TrustRemoteCode = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Which sequences are measured, and how they are cut."""
+
+    prefix_len: int
+    max_tokens: int
+    num_sequences: int
+    seed: int
+
+
 def evaluate(
     context: typer.Context,
     model: Model,
@@ -94,16 +105,8 @@ def evaluate(
         sizes = sorted(set(numbers(batch_sizes, "--batch-sizes")))
         to_compare = parse_pairs(pairs or (), dict.fromkeys((VANILLA, *names)))
         times = read_bench(bench)
-        text = tokenized(
-            model,
-            data,
-            prefix_len=prefix_len,
-            max_tokens=max_tokens,
-            num_sequences=num_sequences,
-            seed=seed,
-            column=text_column,
-            trust_remote_code=trust_remote_code,
-        )
+        sampling = Sampling(prefix_len, max_tokens, num_sequences, seed)
+        text = tokenized(model, data, sampling, text_column, trust_remote_code)
         wanted = list(cases(names, sizes, same_domain=same_domain, vanilla_share=vanilla_share))
         check_cases(text, seed, wanted)
         out.mkdir(parents=True, exist_ok=True)
@@ -111,11 +114,8 @@ def evaluate(
             "data": [Path(source).name for source in data],
             "text_sha256": text.sha256,
             "batch_sizes": sizes,
-            "prefix_len": prefix_len,
-            "max_tokens": max_tokens,
-            "num_sequences": num_sequences,
+            **asdict(sampling),
             "vanilla_share": vanilla_share,
-            "seed": seed,
             "server_options": context.args,
         }
         result = Result(out / "results.json", header(model, settings), to_compare)
@@ -125,9 +125,8 @@ def evaluate(
                 model,
                 routing_config,
                 text,
-                prefix_len=prefix_len,
+                sampling,
                 batch_size=max(sizes),
-                seed=seed,
                 flags=context.args,
                 cpu=cpu,
                 log=out / "server.log",
@@ -160,23 +159,15 @@ def read_bench(file: Path | None) -> Mapping[str, Any] | None:
 
 
 def tokenized(
-    model: str,
-    data: Sequence[str],
-    *,
-    prefix_len: int,
-    max_tokens: int,
-    num_sequences: int,
-    seed: int,
-    column: str,
-    trust_remote_code: bool,
+    model: str, data: Sequence[str], sampling: Sampling, column: str, trust_remote_code: bool
 ) -> TokenizedText:
     """The text to measure on. Raises `TextError`, also if it does not suit the model."""
     text = read_text(
         data,
         load_tokenizer(model, trust_remote_code),
-        num_sequences=num_sequences,
-        sequence_length=prefix_len + 1 + max_tokens,
-        seed=seed,
+        num_sequences=sampling.num_sequences,
+        sequence_length=sampling.prefix_len + 1 + sampling.max_tokens,
+        seed=sampling.seed,
         column=column,
     )
     _check_vocabulary(model, int(text.token_ids.max()), trust_remote_code)
@@ -246,10 +237,9 @@ def measuring(
     model: str,
     routing_config: Path,
     text: TokenizedText,
+    sampling: Sampling,
     *,
-    prefix_len: int,
     batch_size: int,
-    seed: int,
     flags: Sequence[str],
     cpu: bool | None,
     log: Path,
@@ -261,7 +251,7 @@ def measuring(
             running_server(
                 model,
                 config=routing_config,
-                flags=[*server_flags(batch_size, prefix_len), *flags],
+                flags=[*server_flags(batch_size, sampling.prefix_len), *flags],
                 environment={environment.FORCE: "1"},
                 log=log,
                 cpu=cpu,
@@ -269,7 +259,7 @@ def measuring(
             )
         )
         decoder = stack.enter_context(ForcedDecoder(server.url, server.check))
-        yield Evaluation(decoder, text, prefix_len, seed)
+        yield Evaluation(decoder, text, sampling.prefix_len, sampling.seed)
 
 
 @contextmanager

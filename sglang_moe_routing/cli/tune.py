@@ -34,6 +34,7 @@ from .evaluate import (
     Model,
     NumSequences,
     PrefixLen,
+    Sampling,
     Seed,
     TextColumn,
     TrustRemoteCode,
@@ -93,16 +94,8 @@ def tune(
             normalizes=normalizes(model, trust_remote_code),
             metric=metric,
         )
-        text = tokenized(
-            model,
-            data,
-            prefix_len=prefix_len,
-            max_tokens=max_tokens,
-            num_sequences=num_sequences,
-            seed=seed,
-            column=text_column,
-            trust_remote_code=trust_remote_code,
-        )
+        sampling = Sampling(prefix_len, max_tokens, num_sequences, seed)
+        text = tokenized(model, data, sampling, text_column, trust_remote_code)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-routing-tune-")))
         config = work / "candidates.yaml"
         config.write_text(yaml.safe_dump(_config(candidates(found), similarity, work)))
@@ -114,9 +107,8 @@ def tune(
                 model,
                 config,
                 first,
-                prefix_len=prefix_len,
+                sampling,
                 batch_size=max(sizes),
-                seed=seed,
                 flags=context.args,
                 cpu=cpu,
                 log=work / "server.log",
@@ -135,10 +127,7 @@ def tune(
             "data": [Path(source).name for source in data],
             "text_sha256": text.sha256,
             "max_ce_increase": max_ce_increase,
-            "prefix_len": prefix_len,
-            "max_tokens": max_tokens,
-            "num_sequences": num_sequences,
-            "seed": seed,
+            **asdict(sampling),
             "server_options": context.args,
         }
         about = header(model, settings)
