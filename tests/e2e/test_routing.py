@@ -15,7 +15,7 @@ import pytest
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.integration import environment
-from tests import oracles
+from sglang_moe_routing.testing import oracle
 from tests.recorded import check_call
 
 from .conftest import HEADER, Running, describe
@@ -76,7 +76,7 @@ def rid_policy(rid: str) -> str:
 
 def distinct(ids: list[list[int]], rows: list[str | None]) -> int:
     held = {e for row, name in zip(ids, rows, strict=True) if name for e in row}
-    return len(held - {oracles.FREE})
+    return len(held - {oracle.FREE})
 
 
 def test_mixed_policies_share_batches_and_obey_the_oracle(
@@ -108,7 +108,7 @@ def num_moved(call: dict[str, Any]) -> int:
 
 def num_critical(call: dict[str, Any]) -> int:
     """Active experts outside the union."""
-    active = {e for final in call["final_ids"] for e in final} - {oracles.FREE}
+    active = {e for final in call["final_ids"] for e in final} - {oracle.FREE}
     return len(active - set(call["union"]))
 
 
@@ -315,7 +315,7 @@ def test_graph_padding_adds_no_expert(graphed: Running, similarity: dict[int, np
     assert {len(call["rows"]) for call in calls} <= {1, 2, 4, 8, 16}
     for call in padded:
         padding = [row for row, n in zip(call["final_ids"], call["rows"], strict=True) if not n]
-        assert {e for row in padding for e in row} == {oracles.FREE}
+        assert {e for row in padding for e in row} == {oracle.FREE}
 
 
 def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
@@ -325,7 +325,7 @@ def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
     for call in padded:
         assert call["final_ids"][:5] == call["base_ids"][:5]
         assert call["final_weights"][:5] == call["base_weights"][:5]
-        assert {e for row in call["final_ids"][5:] for e in row} == {oracles.FREE}
+        assert {e for row in call["final_ids"][5:] for e in row} == {oracle.FREE}
         assert {w for row in call["final_weights"][5:] for w in row} == {0.0}
 
 
