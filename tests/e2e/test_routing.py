@@ -16,11 +16,12 @@ import pytest
 from sglang_moe_routing import demo
 from sglang_moe_routing.integration import environment
 from sglang_moe_routing.testing import oracle
-from tests.recorded import check_call
+from tests.recorded import check_recorded
 
-from .conftest import HEADER, Running, describe
+from .conftest import HEADER, Running, rule_of
 
 POLICIES = ("vanilla", "oea-k3", "oea-k2", "topk-k3", "sere-s2", "late")
+EVERY_KIND = (*POLICIES, "budget-20", "xshare-24", "lynx-24", "mapped")
 
 
 def generate_all(
@@ -58,16 +59,11 @@ def generate_all(
 
 def check_all(calls: list[dict[str, Any]], similarity: dict[int, np.ndarray]) -> Counter[str]:
     """Hold every call to the oracle; how many rows of each policy there were."""
-    rows: Counter[str] = Counter()
     for call in calls:
-        num_live = sum(name is not None for name in call["rows"])
-        policies = {n: describe(n, call["layer"], num_live) for n in set(call["rows"]) if n}
-        check_call(call, policies, similarity)
-        rows.update(name for name in call["rows"] if name)
         if call["requests"]:
             for rid, name in zip(call["requests"], call["rows"], strict=True):
                 assert name in ("vanilla", rid_policy(rid)), (rid, name)
-    return rows
+    return check_recorded(calls, rule_of, similarity)
 
 
 def rid_policy(rid: str) -> str:
@@ -82,12 +78,12 @@ def distinct(ids: list[list[int]], rows: list[str | None]) -> int:
 def test_mixed_policies_share_batches_and_obey_the_oracle(
     served: Running, similarity: dict[int, np.ndarray]
 ) -> None:
-    calls = served.record(lambda: generate_all(served.url, POLICIES * 3))
+    calls = served.record(lambda: generate_all(served.url, EVERY_KIND * 2))
     rows = check_all(calls, similarity)
-    assert set(rows) == set(POLICIES)
-    assert all(rows[name] >= 3 * 11 * 4 for name in POLICIES)  # requests x decode steps x layers
-    assert max(len(call["rows"]) for call in calls) == 18
-    assert any(len(set(call["rows"])) == len(POLICIES) for call in calls)
+    assert set(rows) == set(EVERY_KIND)
+    assert all(rows[name] >= 2 * 11 * 4 for name in EVERY_KIND)  # requests x decode steps x layers
+    assert max(len(call["rows"]) for call in calls) == 20
+    assert any(len(set(call["rows"])) == len(EVERY_KIND) for call in calls)
     assert {call["phase"] for call in calls} == {"DECODE"}
 
 
@@ -151,8 +147,8 @@ def test_the_torch_reference_serves_where_it_is_asked_for(
     with start(config, SGLANG_MOE_ROUTING_KERNELS="torch") as running:
         assert read_statistics(running)["kernels"].startswith("torch reference: ")
         assert read_statistics(running)["experts"] == "torch"
-        calls = running.record(lambda: generate_all(running.url, POLICIES * 3))
-        assert set(check_all(calls, similarity)) == set(POLICIES)
+        calls = running.record(lambda: generate_all(running.url, EVERY_KIND * 2))
+        assert set(check_all(calls, similarity)) == set(EVERY_KIND)
         check_statistics(running)
 
 

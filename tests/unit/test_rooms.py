@@ -16,7 +16,7 @@ WITHOUT_SGLANG = """
 import sys
 sys.modules["sglang"] = None  # importing it raises ImportError
 import sglang_moe_routing, sglang_moe_routing.artifacts, sglang_moe_routing.policies
-import sglang_moe_routing.config, sglang_moe_routing.cli, sglang_moe_routing.bench.verify
+import sglang_moe_routing.config, sglang_moe_routing.cli, sglang_moe_routing.testing
 import sglang_moe_routing.integration.plugin, sglang_moe_routing.integration.recorder
 sglang_moe_routing.integration.plugin.register()
 """
@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "policies": {"errors"},
     "kernels": {"errors", "policies"},
     "config": {"errors", "policies"},
+    "testing": {"errors", "policies"},
     "similarity": {"errors", "artifacts", "policies", "config"},
     "integration": {
         "errors",
@@ -74,6 +75,13 @@ def test_lower_rooms_do_not_know_higher_ones(path: Path) -> None:
         return  # top of the tree
     used = {name.split(".")[1] for name in imports(path) if name.startswith("sglang_moe_routing.")}
     assert used <= allowed | {room(path)}
+
+
+@pytest.mark.parametrize("name", ["oracle.py", "calls.py"])
+def test_the_oracle_shares_nothing_with_what_it_is_held_against(name: str) -> None:
+    used = {n for n in imports(PACKAGE / "testing" / name) if n.startswith("sglang_moe_routing")}
+    allowed = {"sglang_moe_routing.errors", "sglang_moe_routing.testing"}
+    assert used <= (allowed if name == "calls.py" else set())
 
 
 def test_package_imports_without_sglang() -> None:
