@@ -22,10 +22,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer
 
-from sglang_moe_routing.bench.machine import describe_machine
 from sglang_moe_routing.calibration.calibrate import Calibration
 from sglang_moe_routing.calibration.streaming import StreamedModel
 from sglang_moe_routing.checkpoint import read_headers
+from sglang_moe_routing.serving.machine import describe_machine
 from sglang_moe_routing.text import read_text
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "bench" / "calibration.json"

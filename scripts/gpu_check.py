@@ -298,7 +298,7 @@ def publish_plugin(folder: Path) -> None:
         for group, entries in project["entry-points"].items()
     ]
     (info / "entry_points.txt").write_text("\n".join(groups))
-    platform = ROOT / "sglang_moe_routing/integration/cpu_platform/distribution"
+    platform = ROOT / "sglang_moe_routing/cpu/distribution"
     shutil.copytree(platform, folder / "sglang_moe_routing_cpu.egg-info")
 
 

@@ -19,9 +19,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import Server, running_server
-from sglang_moe_routing.integration import environment
+from sglang_moe_routing import demo, environment
+from sglang_moe_routing.serving.server import Server, running_server
 
 HEADER = "X-MoE-Routing-Policy"
 PREFIX = "sglang_moe_routing_"

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sglang_moe_routing import environment
 from sglang_moe_routing.config import json_schema
 from sglang_moe_routing.config.schema import HEADER_PATTERN, NAME_PATTERN
-from sglang_moe_routing.integration import environment
 from sglang_moe_routing.kernels import native
 from sglang_moe_routing.policies import Schedule, builtin_registry
 

@@ -32,9 +32,9 @@ import psutil
 import typer
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.load import Job, LoadClient
-from sglang_moe_routing.bench.machine import describe_machine
-from sglang_moe_routing.bench.server import Server, running_server
+from sglang_moe_routing.serving.load import Job, LoadClient
+from sglang_moe_routing.serving.machine import describe_machine
+from sglang_moe_routing.serving.server import Server, running_server
 
 COMPARISONS = {
     "same": ("stock / stock", "vanilla", "stock-too", "stock"),

@@ -24,14 +24,14 @@ import psutil
 import typer
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.load import Job, LoadClient
-from sglang_moe_routing.bench.machine import describe_machine
-from sglang_moe_routing.bench.server import running_server
+from sglang_moe_routing.serving.load import Job, LoadClient
+from sglang_moe_routing.serving.machine import describe_machine
+from sglang_moe_routing.serving.server import running_server
 
 RATE = 400
-PLATFORM = ("cpu_platform/", "kernels/experts.py", "kernels/native.py")
+PLATFORM = ("cpu/", "kernels/native.py")
 """Files that run without policies too."""
-COUNTING = ("integration/statistics.py", "integration/metrics.py", "RowCounts.")
+COUNTING = ("runtime/statistics.py", "runtime/metrics.py", "RowCounts.")
 
 
 def is_ours(stack: str) -> bool:

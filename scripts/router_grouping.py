@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.load import read_counts
-from sglang_moe_routing.bench.server import free_port, running_server, stop_server
 from sglang_moe_routing.errors import EngineError
+from sglang_moe_routing.serving.load import read_counts
+from sglang_moe_routing.serving.server import free_port, running_server, stop_server
 
 HEADER = "X-Request-Id-MoE-Routing-Policy"
 """A name that the router forwards; it drops the default one."""

@@ -38,10 +38,10 @@ import yaml
 from rich.console import Console
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.machine import describe_machine
-from sglang_moe_routing.bench.server import Server, running_server
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.errors import EngineError
+from sglang_moe_routing.serving.machine import describe_machine
+from sglang_moe_routing.serving.server import Server, running_server
 
 from .answers import TIMEOUT_S, Outcome, send
 from .asks import MODEL_NAME, draw

@@ -17,8 +17,8 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_moe_routing.bench.server import Server
 from sglang_moe_routing.errors import EngineError
+from sglang_moe_routing.serving.server import Server
 
 from .asks import Served
 

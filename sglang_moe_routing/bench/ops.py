@@ -182,7 +182,7 @@ def _contestants(
 def _engine_topk(logits: Tensor, top_k: int) -> Callable[[], tuple[Tensor, Tensor]]:
     if importlib.util.find_spec("sglang") is None:
         return lambda: _plain_topk(logits, top_k)
-    from ..integration.engine_topk import engine_topk
+    from ..engine.topk import engine_topk
 
     return engine_topk(logits, top_k)
 

@@ -23,9 +23,9 @@ import httpx
 import openai
 
 from ..config import DEFAULT_HEADER, VANILLA
+from ..environment import SGLANG_VERSION
 from ..errors import BenchError, EngineError
-from ..integration.environment import SGLANG_VERSION
-from .load import Job, LoadClient, mean_active_experts, read_counts
+from ..serving.load import Job, LoadClient, mean_active_experts, read_counts
 
 WARM_UP_TOKENS = 4
 _TIMEOUT_S = 60.0

@@ -49,9 +49,9 @@ def layer(
     json: Json = False,
 ) -> None:
     """Time one MoE layer on this CPU against its number of active experts."""
-    from ..bench import layer as bench
-    from ..bench import layer_plot
-    from ..bench.machine import describe_machine
+    from ..cpu import bench_layer as bench
+    from ..cpu import bench_layer_plot as layer_plot
+    from ..serving.machine import describe_machine
 
     with clear_errors():
         names = _names(shapes)

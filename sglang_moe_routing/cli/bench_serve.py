@@ -17,21 +17,13 @@ from rich import box
 from rich.table import Table
 
 from .. import demo as assets
-from ..bench.load import served_policies
-from ..bench.machine import describe_machine
 from ..bench.serve import Run, Settings, Target, measure, summary
-from ..bench.server import running_server
 from ..config import bundled_config, load_config
 from ..errors import EngineError
-from .output import (
-    Json,
-    clear_errors,
-    command_line,
-    console,
-    errors,
-    print_json,
-    wanted_policies,
-)
+from ..serving.load import served_policies
+from ..serving.machine import describe_machine
+from ..serving.server import running_server
+from .output import Json, clear_errors, command_line, console, errors, print_json, wanted_policies
 
 
 def serve(

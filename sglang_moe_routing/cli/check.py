@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..bench.server import server_environment
+from .. import environment
 from ..checkpoint import find_checkpoint, moe_layers, read_headers
 from ..config import bundled_config
+from ..engine.report import Inspection
 from ..errors import CheckpointError, RoutingError, describe
-from ..integration import environment
-from ..integration.report import Inspection
 from ..policies import Sizes
+from ..serving.server import server_environment
 from .evaluate import model_sizes
 from .output import Json, console, print_json
 

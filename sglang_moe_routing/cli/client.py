@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from .. import demo as assets
-from ..bench.load import Job, Load, LoadClient, served_policies
+from ..serving.load import Job, Load, LoadClient, served_policies
 from .output import Json, clear_errors, console, errors, fail, print_json
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from ..config import LoadedConfig, bundled_config, load_config
 from ..errors import RoutingError
 from ..policies import installed_registry
-from ..similarity import load_similarities
+from ..runtime.similarity import load_similarities
 from .output import Json, clear_errors, console, print_json
 
 ConfigFile = Annotated[Path, typer.Argument(help="Routing config (YAML).")]

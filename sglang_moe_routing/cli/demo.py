@@ -15,11 +15,11 @@ import typer
 from rich.table import Table
 
 from .. import demo as assets
-from ..bench.load import Answer, Job, Load, LoadClient
-from ..bench.server import Server, has_accelerator, running_server
+from .. import environment
 from ..config import VANILLA, LoadedConfig, load_config
 from ..errors import CheckError
-from ..integration import environment
+from ..serving.load import Answer, Job, Load, LoadClient
+from ..serving.server import Server, has_accelerator, running_server
 from ..testing import Checked, check_calls, read_records
 from .output import Json, clear_errors, console, errors, print_json
 

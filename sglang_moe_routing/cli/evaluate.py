@@ -12,8 +12,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from ..bench.machine import describe_machine
-from ..bench.server import running_server
+from .. import environment
 from ..config import VANILLA, LoadedConfig, load_config
 from ..errors import BenchError, EngineError, TextError
 from ..evaluation.forced import ForcedDecoder, server_flags
@@ -21,8 +20,9 @@ from ..evaluation.measure import Evaluation
 from ..evaluation.pairs import parse_pairs
 from ..evaluation.report import Row, rows_of, write_report
 from ..evaluation.run import Result, cases, check_cases, run
-from ..integration import environment
 from ..policies import Policy
+from ..serving.machine import describe_machine
+from ..serving.server import running_server
 from ..text import TokenizedText, load_tokenizer, read_text
 from .output import (
     Json,

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..bench.server import flag_value, server_command, server_environment
+from .. import environment
 from ..config import bundled_config, load_config
 from ..errors import CheckpointError, EngineError
-from ..integration import environment, listening
+from ..integration import listening
+from ..serving.server import flag_value, server_command, server_environment
 from .output import clear_errors, errors
 
 DEFAULT_HOST = "127.0.0.1"

@@ -27,9 +27,7 @@ from ..evaluation.tune import (
     families,
     halves,
 )
-from ..evaluation.tune import (
-    tune as search_and_confirm,
-)
+from ..evaluation.tune import tune as search_and_confirm
 from .evaluate import (
     Cpu,
     Data,

@@ -14,9 +14,9 @@ import httpx
 import torch
 from torch import Tensor
 
+from .. import environment
 from ..config import BODY_KEY
 from ..errors import BenchError, EngineError
-from ..integration import environment
 
 _TIMEOUT_S = 900.0
 _COUNTS = ("calls", "rows", "active_experts", "active_experts_base")

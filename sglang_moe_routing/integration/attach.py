@@ -16,26 +16,22 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.hash_topk import HashTopK
 from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 
+from .. import environment
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import find_checkpoint, layers_without_experts, read_headers
 from ..config import LoadedConfig, check_policies, check_torch_policies
+from ..cpu.experts import RUNNER
 from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
-from ..kernels import (
-    CHOICE,
-    REFERENCE,
-    Implementation,
-    beyond_limits,
-    choose,
-    written_in_torch,
-)
+from ..kernels import CHOICE, REFERENCE, Implementation, beyond_limits, choose, written_in_torch
 from ..policies import Capacity, PolicyTable, Router, Sizes, build_table, with_capacity
-from ..similarity import idle_thresholds
-from . import environment, runners
-from .cpu_platform.experts import RUNNER
-from .definitions import Definition
+from ..runtime import Runtime
+from ..runtime.definitions import Definition
+from ..runtime.plan import Layer
+from ..runtime.similarity import idle_thresholds
+from ..runtime.weights import ServedWeights, check_weights
+from . import runners
+from .marks import LAYER
 from .refusals import replays_decode_steps
-from .runtime import LAYER, Layer, Runtime
-from .weights import ServedWeights, check_weights
 
 Module = TypeVar("Module", TopK, FusedMoE)
 

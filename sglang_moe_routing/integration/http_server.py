@@ -6,7 +6,7 @@ import sys
 from contextvars import ContextVar
 from typing import Any
 
-from .statistics import KEY
+from ..runtime.statistics import KEY
 
 is_asked_by_us = ContextVar("is_asked_by_us", default=False)
 """Whether the task at hand reads the schedulers' internal states for a route of ours."""

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..config import LoadedConfig, check_policies, check_torch_policies, load_config
+from ..engine import hooking
+from ..engine.report import Finding, Inspection
 from ..errors import RoutingError
 from ..kernels import choose
 from ..policies import Sizes
-from ..similarity import idle_thresholds, load_similarities
-from . import hooking
-from .report import Finding, Inspection
+from ..runtime.similarity import idle_thresholds, load_similarities
 
 
 def inspect(config: Path, model: Mapping[int, Sizes] | None = None) -> Inspection:
@@ -54,11 +54,10 @@ def _inspect_kernels(result: Inspection, loaded: LoadedConfig | None) -> None:
 
 
 def _verify_symbols() -> Sequence[Finding]:
-    from .cpu_platform import experts, memory, sharding
+    from ..cpu.hooks import HOOKS as CPU_HOOKS
     from .hooks import FORCING_HOOKS, HOOKS, RELIED_ON
 
-    on_cpus = sharding.HOOK, experts.HOOK, *memory.HOOKS
-    return hooking.verify([*HOOKS, *FORCING_HOOKS, *on_cpus, *RELIED_ON])
+    return hooking.verify([*HOOKS, *FORCING_HOOKS, *CPU_HOOKS, *RELIED_ON])
 
 
 def _platform() -> str:

@@ -7,13 +7,15 @@ import os
 import secrets
 import signal
 
+from .. import environment, runtime
 from ..config import LoadedConfig, load_config
+from ..cpu.experts import read_choice
+from ..cpu.hooks import HOOKS as CPU_HOOKS
+from ..engine import hooking
+from ..engine.fatal import fatal
+from ..engine.hooking import Hook
 from ..errors import EngineError
-from . import environment, hooking, runtime
-from .cpu_platform import experts, memory, sharding
-from .hooking import Hook
-from .hooks import FORCING_HOOKS, HOOKS, RELIED_ON
-from .plugin import fatal
+from .hooks import FORCING_HOOKS, HOOKS, RELIED_ON, http
 
 
 def install() -> None:
@@ -25,8 +27,8 @@ def install() -> None:
     hooking.check_version()
     hooks: list[Hook] = []
     if os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
-        experts.read_choice()
-        hooks += [sharding.HOOK, experts.HOOK, *memory.HOOKS]
+        read_choice()
+        hooks += CPU_HOOKS
     if os.environ.get(environment.CONFIG):
         hooks += _start_routing()
         if os.environ.get(environment.FORCE) == "1":
@@ -48,7 +50,7 @@ def _start_routing() -> list[Hook]:
         _check_unchanged(loaded)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main one ends us
     runtime.start(loaded)
-    return [hook for hook in HOOKS if is_main or not hook.main_only]
+    return [hook for hook in HOOKS if is_main or hook not in http.HOOKS]
 
 
 def _refuse_other_platforms() -> None:
@@ -57,7 +59,7 @@ def _refuse_other_platforms() -> None:
     from sglang.srt.platforms import current_platform
     from sglang.srt.platforms.cuda import CudaSRTPlatform
 
-    from .cpu_platform.platform import PortableCpuPlatform
+    from ..cpu.platform import PortableCpuPlatform
 
     found = type(current_platform)
     if found not in (CudaSRTPlatform, PortableCpuPlatform):

@@ -10,8 +10,9 @@ from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.environ import envs
 from sglang.srt.lora.trtllm_lora_temp.environ import lora_envs
 
+from .. import environment
 from ..errors import EngineError
-from . import environment, settings
+from . import settings
 
 
 def refuse_unsupported(server_args: Any) -> None:

@@ -19,12 +19,15 @@ import torch
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.managers.io_struct import SetInternalStateReq
 
+from .. import environment, runtime
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig, RoutingConfig, load_config
 from ..errors import PolicyError, ReloadError, RoutingError
 from ..kernels import choose
 from ..policies import PolicyTable, Sizes, with_capacity
-from . import environment, http_server, metrics, runtime
+from ..runtime import Layer, Runtime, metrics, used_artifacts
+from ..runtime.definitions import Definition, define
+from . import http_server
 from .attach import (
     check_artifacts,
     describe_kernels,
@@ -33,8 +36,6 @@ from .attach import (
     warn_of_policies,
     warn_of_torch_policies,
 )
-from .definitions import Definition, define
-from .runtime import Layer, Runtime, used_artifacts
 
 logger = logging.getLogger(__name__)
 

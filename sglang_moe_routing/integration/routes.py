@@ -15,9 +15,11 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.utils.auth import AuthLevel, auth_level
 
+from .. import runtime
 from ..config import bearer_key, choose_group
 from ..errors import RoutingError, RoutingRequestError
-from . import metrics, reloading, runtime
+from ..runtime import metrics
+from . import reloading
 from .http_server import scheduler_states, tokenizer_manager
 from .reloading import ERROR
 from .selecting import PolicyHeaderMiddleware

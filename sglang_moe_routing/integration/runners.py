@@ -17,10 +17,10 @@ from sglang.srt.layers.moe.utils import get_moe_runner_backend
 from sglang.srt.runtime_context import get_exec
 from sglang.srt.utils.common import is_sm120
 
+from .. import environment
+from ..cpu.experts import RUNNER
 from ..errors import EngineError
 from ..policies import FreeSlots
-from . import environment
-from .cpu_platform.experts import RUNNER
 
 
 @dataclass(frozen=True)

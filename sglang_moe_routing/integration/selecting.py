@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import HTTPException
 from starlette.datastructures import Headers
 
+from .. import runtime
 from ..config import (
     BODY_KEY,
     DEFAULT_GROUP,
@@ -21,7 +22,8 @@ from ..config import (
 )
 from ..errors import EngineError, RoutingRequestError
 from ..policies import Vanilla
-from . import http_server, metrics, runtime
+from ..runtime import metrics
+from . import http_server
 from .transport import Choice
 
 Scope = MutableMapping[str, Any]

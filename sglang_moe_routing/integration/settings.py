@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .. import environment
 from ..config import BODY_KEY
-from . import environment
 from .neutral_settings import NEUTRAL_FLAGS, NEUTRAL_VARIABLES
 
 

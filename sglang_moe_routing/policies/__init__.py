@@ -5,12 +5,7 @@ from .budget import Budget
 from .fit import Sizes, doubts, problems
 from .oea import OEA
 from .reference import Rerouted, reroute
-from .registry import (
-    ENTRY_POINT_GROUP,
-    PolicyRegistry,
-    builtin_registry,
-    installed_registry,
-)
+from .registry import ENTRY_POINT_GROUP, PolicyRegistry, builtin_registry, installed_registry
 from .rule import UNLIMITED, Place, Rule
 from .schedule import MAX_ROWS, Count, Layers, Schedule, Similarity
 from .scoring import Router

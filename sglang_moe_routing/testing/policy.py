@@ -165,13 +165,18 @@ def _table(policy: Policy, sizes: Sizes) -> PolicyTable:
     shape = (sizes.num_experts, sizes.num_experts)
     random = {_ARTIFACT: torch.rand(shape, generator=generator)} if policy.uses_similarity else {}
     return build_table(
-        [Vanilla(), TopK.model_validate({"k0": max(1, sizes.top_k // 2)}), policy],
+        [Vanilla(), _other(sizes), policy],
         layer=sizes.layer,
         top_k=sizes.top_k,
         num_experts=sizes.num_experts,
         similarity=random,
         artifacts=[None, None, _ARTIFACT if random else None],
     )
+
+
+def _other(sizes: Sizes) -> TopK:
+    """A policy whose rows do not depend on the union."""
+    return TopK.model_validate({"k0": max(1, sizes.top_k // 2)})
 
 
 def _variants(policy: Policy, top_k: int, num_experts: int) -> Iterator[tuple[str, Policy]]:
@@ -288,15 +293,14 @@ def _record(
 ) -> dict[str, Any]:
     """The call as a recorder would have it."""
     names = {_VANILLA: "vanilla", _TOPK: "topk", _MINE: policy.kind}
-    rows = call.rows.tolist()
-    place = sizes.place(sum(row != PAD for row in rows))
-    rules = {
-        _VANILLA: {},
-        _TOPK: {"k0": max(1, sizes.top_k // 2), "k_max": max(1, sizes.top_k // 2)},
-    }
-    rules[_MINE] = policy.in_force(place).model_dump(exclude_defaults=True)
-    if policy.uses_similarity and rules[_MINE]:
+    rows, other = call.rows.tolist(), _other(sizes).k0.default
+    mine = policy.in_force(sizes.place(sum(row != PAD for row in rows)))
+    rules: dict[int, dict[str, Any]] = {_VANILLA: {}, _TOPK: {"k0": other, "k_max": other}}
+    rules[_MINE] = mine.model_dump(exclude_defaults=True)
+    similarity = {}
+    if mine.uses_similarity:
         rules[_MINE]["similarity"] = _ARTIFACT
+        similarity[_ARTIFACT] = {"similarity": table.similarity[0].tolist()}
     return {
         "rows": [names.get(row) for row in rows],
         "rules": [rules.get(row) for row in rows],
@@ -306,9 +310,7 @@ def _record(
         "final_ids": found.topk_ids.tolist(),
         "final_weights": found.topk_weights.tolist(),
         "union": found.union.nonzero().flatten().tolist(),
-        "similarity": {_ARTIFACT: {"similarity": table.similarity[0].tolist()}}
-        if len(table.similarity)
-        else {},
+        "similarity": similarity,
         "router": {
             "num_experts": sizes.num_experts,
             "top_k": sizes.top_k,
@@ -339,7 +341,7 @@ def _check_capture(policy: Policy, sizes: Sizes) -> None:
     from torch._subclasses import fake_tensor  # takes seconds
 
     table = _table(policy, sizes)
-    with fake_tensor.FakeTensorMode(), _NoCopies():
+    with fake_tensor.FakeTensorMode(), _NoCopies():  # type: ignore[no-untyped-call]  # torch's
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="cuda")

@@ -14,10 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_moe_routing import demo
+from sglang_moe_routing import demo, environment
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.bench.server import Server, running_server
-from sglang_moe_routing.integration import environment
+from sglang_moe_routing.serving.server import Server, running_server
 from sglang_moe_routing.testing import read_records
 
 HEADER = "X-MoE-Routing-Policy"

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import free_port
+from sglang_moe_routing.serving.server import free_port
 
 from .conftest import HEADER, Running
 

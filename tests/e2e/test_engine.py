@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import server_environment
+from sglang_moe_routing.serving.server import server_environment
 
 PROGRAM = """
 import json, sys

@@ -21,15 +21,14 @@ import pytest
 import torch
 import yaml
 
-from sglang_moe_routing import demo
+from sglang_moe_routing import demo, environment
 from sglang_moe_routing.artifacts import SimilarityArtifact, load_artifact, save_artifact
-from sglang_moe_routing.bench.server import running_server
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.errors import BenchError, EngineError
 from sglang_moe_routing.evaluation.forced import ForcedDecoder, server_flags
 from sglang_moe_routing.evaluation.measure import Evaluation, Setting, batches
-from sglang_moe_routing.integration import environment
 from sglang_moe_routing.policies import Policy, builtin_registry
+from sglang_moe_routing.serving.server import running_server
 from sglang_moe_routing.text import TokenizedText, load_tokenizer, read_text
 from tests.parallel import ParallelForward
 

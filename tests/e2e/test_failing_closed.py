@@ -11,7 +11,7 @@ import pytest
 
 from scripts import make_tiny_models
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import server_command, server_environment, stop_server
+from sglang_moe_routing.serving.server import server_command, server_environment, stop_server
 
 SITECUSTOMIZE = '''
 """Changes one SGLang module as it is imported: `SABOTAGE=module:statement`."""

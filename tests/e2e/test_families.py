@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sglang_moe_routing import environment
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.bench.server import running_server
-from sglang_moe_routing.integration import environment
+from sglang_moe_routing.serving.server import running_server
 from tests.recorded import check_recorded
 
 from .conftest import HEADER, Running

@@ -13,7 +13,7 @@ import pytest
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.config import load_config
-from sglang_moe_routing.integration.definitions import define
+from sglang_moe_routing.runtime.definitions import define
 from tests.recorded import check_recorded
 
 from .conftest import HEADER, Running

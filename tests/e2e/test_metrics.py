@@ -15,7 +15,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sglang_moe_routing.integration.metrics import METRICS, PREFIX, REASONS
+from sglang_moe_routing.runtime.metrics import METRICS, PREFIX, REASONS
 from tests.programs import prometheus
 
 from .conftest import HEADER, Running

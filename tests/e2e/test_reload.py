@@ -19,7 +19,7 @@ import pytest
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.bench.server import free_port
+from sglang_moe_routing.serving.server import free_port
 from sglang_moe_routing.testing import read_records
 from tests.recorded import check_recorded
 

@@ -13,8 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from sglang_moe_routing import demo
-from sglang_moe_routing.integration import environment
+from sglang_moe_routing import demo, environment
 from sglang_moe_routing.testing import oracle
 from tests.recorded import check_recorded
 

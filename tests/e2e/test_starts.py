@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import free_port, server_environment, stop_server
+from sglang_moe_routing.serving.server import free_port, server_environment, stop_server
 
 from .conftest import HEADER, Running
 

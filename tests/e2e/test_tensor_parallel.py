@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sglang_moe_routing import demo
+from sglang_moe_routing import demo, environment
 from sglang_moe_routing.evaluation.forced import ForcedDecoder, server_flags
 from sglang_moe_routing.evaluation.measure import Evaluation, Setting, batches
-from sglang_moe_routing.integration import environment
 from sglang_moe_routing.text import load_tokenizer, read_text
 from tests.parallel import ParallelForward
 

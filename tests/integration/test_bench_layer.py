@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sglang_moe_routing.bench import layer
 from sglang_moe_routing.cli import app
+from sglang_moe_routing.cpu import bench_layer as layer
 
 pytest.importorskip("sglang")
 

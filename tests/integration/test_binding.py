@@ -13,12 +13,12 @@ from torch import Tensor
 
 pytest.importorskip("sglang")
 from sglang_moe_routing.integration import reloading
-from sglang_moe_routing.integration import runtime as runtimes
 from sglang_moe_routing.integration.attach import make_table
-from sglang_moe_routing.integration.hooks import topk as hook
-from sglang_moe_routing.integration.runtime import LAYER, Plan, Runtime
+from sglang_moe_routing.integration.hooks.model import topk as hook
+from sglang_moe_routing.integration.marks import LAYER
 from sglang_moe_routing.kernels import choose
 from sglang_moe_routing.policies import FREE, Router, Sizes, TorchPolicy, with_capacity
+from sglang_moe_routing.runtime import Plan, Runtime, process
 
 from .test_isolation import IMPLEMENTATIONS, NUM_EXPERTS, TOP_K, make_runtime
 
@@ -31,7 +31,7 @@ def runtime(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Runtime:
     runtime = make_runtime(tmp_path, 1, request.param)
-    monkeypatch.setattr(runtimes, "_runtime", runtime)
+    monkeypatch.setattr(process, "_runtime", runtime)
     return runtime
 
 

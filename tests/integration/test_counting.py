@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sglang_moe_routing.errors import EngineError
-from sglang_moe_routing.integration.runtime import Plan, Runtime
-from sglang_moe_routing.integration.statistics import Statistics
+from sglang_moe_routing.runtime import Plan, Runtime
+from sglang_moe_routing.runtime.statistics import Statistics
 
 from .test_isolation import IMPLEMENTATIONS, NUM_EXPERTS, TOP_K, make_runtime
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sglang_moe_routing import environment
 from sglang_moe_routing.errors import EngineError, KernelError
-from sglang_moe_routing.integration import environment
 from sglang_moe_routing.kernels import CHOICE, native
 
-runners = pytest.importorskip("sglang_moe_routing.integration.cpu_platform.experts")
-torch_experts = pytest.importorskip("sglang_moe_routing.integration.cpu_platform.torch_experts")
-invariant = pytest.importorskip("sglang_moe_routing.integration.cpu_platform.invariant_linear")
+runners = pytest.importorskip("sglang_moe_routing.cpu.experts")
+torch_experts = pytest.importorskip("sglang_moe_routing.cpu.torch_experts")
+invariant = pytest.importorskip("sglang_moe_routing.cpu.invariant_linear")
 
 RUN: dict[str, Callable[..., Tensor]] = {
     "native": runners._run_native,
@@ -231,7 +231,7 @@ def test_replaced_products_do_not_depend_on_the_batch() -> None:
     code = """
 import torch
 from torch.nn import functional
-from sglang_moe_routing.integration.cpu_platform import invariant_linear
+from sglang_moe_routing.cpu import invariant_linear
 x, weight, bias = torch.randn(64, 256), torch.randn(512, 256), torch.randn(512)
 def run(rows, bias):
     return functional.linear(rows, weight, bias)

@@ -12,10 +12,12 @@ from fastapi.testclient import TestClient
 pytest.importorskip("sglang")
 from sglang.srt.entrypoints import http_server
 
+from sglang_moe_routing import runtime
 from sglang_moe_routing.config import DEFAULT_HEADER, load_config
-from sglang_moe_routing.integration import runtime, selecting
-from sglang_moe_routing.integration.hooks import endpoints as hooks
+from sglang_moe_routing.integration import selecting
+from sglang_moe_routing.integration.hooks.http import endpoints as hooks
 from sglang_moe_routing.integration.selecting import PolicyHeaderMiddleware, select_early
+from sglang_moe_routing.runtime import process
 from tests.endpoints import AUDIO, EMBEDS, GENERATES, OTHER_MODELS, SILENT
 
 PAGE = Path(__file__).parents[2] / "docs" / "http.md"
@@ -51,7 +53,7 @@ def test_field_of_a_form_names_a_policy_as_one_of_json_does(
     """Audio comes as a form, and the demo model does not hear: the handler is none of SGLang's."""
     path = tmp_path / "routing.yaml"
     path.write_text("version: 1\npolicies: {fast: {kind: oea, k0: 3}}\n")
-    monkeypatch.setattr(runtime, "_runtime", None)
+    monkeypatch.setattr(process, "_runtime", None)
     monkeypatch.setattr(selecting.http_server, "is_there", lambda: False)  # no warm-up to tell
     runtime.start(load_config(path))
     app = FastAPI()

@@ -19,14 +19,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from sglang_moe_routing.errors import EngineError
+from sglang_moe_routing.runtime import process
 
 pytest.importorskip("sglang")
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_moe_routing.integration import metrics
-from sglang_moe_routing.integration import runtime as runtimes
-from sglang_moe_routing.integration.hooks import forward_batch, graphs
-from sglang_moe_routing.integration.runtime import Runtime
+from sglang_moe_routing.integration.hooks.model import forward_batch, graphs
+from sglang_moe_routing.runtime import Runtime, metrics
 
 from .test_isolation import make_runtime
 
@@ -108,7 +107,7 @@ def test_counts_are_read_from_the_first_batch_on_one_without_decode_too(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where requests generate one token each, the counts must not look as if nobody read them."""
-    monkeypatch.setattr(runtimes, "_runtime", runtime)
+    monkeypatch.setattr(process, "_runtime", runtime)
     runtime.has_run = False
     start = time.time()
     metrics.Exporter(runtime, CPU).start()
@@ -124,7 +123,7 @@ def test_graphs_are_not_captured_while_the_thread_reads(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA would call the capture invalid."""
-    monkeypatch.setattr(runtimes, "_runtime", runtime)
+    monkeypatch.setattr(process, "_runtime", runtime)
     is_reading, may_end = threading.Event(), threading.Event()
     is_captured = threading.Event()
     runner = SimpleNamespace(model_runner=SimpleNamespace(is_draft_worker=False))

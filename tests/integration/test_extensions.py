@@ -18,7 +18,7 @@ pytest.importorskip("sglang")
 from sglang.srt.entrypoints.openai import protocol
 from sglang.srt.utils.weight_versions import build_endpoint_weight_version_metadata
 
-from sglang_moe_routing.integration.hooks.response import after_whole, name_policy
+from sglang_moe_routing.integration.hooks.http.response import after_whole, name_policy
 
 USAGE = protocol.UsageInfo(prompt_tokens=1, completion_tokens=1, total_tokens=2)
 META: dict[str, Any] = {

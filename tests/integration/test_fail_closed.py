@@ -17,10 +17,9 @@ from sglang.srt.model_executor.runner.decode_cuda_graph_runner import (  # noqa:
 )
 
 from sglang_moe_routing.errors import EngineError  # noqa: E402
-from sglang_moe_routing.integration import runtime  # noqa: E402
 from sglang_moe_routing.integration.hooks import HOOKS  # noqa: E402
-from sglang_moe_routing.integration.hooks.forward_batch import PLAN  # noqa: E402
-from sglang_moe_routing.integration.runtime import LAYER, Plan, Runtime  # noqa: E402
+from sglang_moe_routing.integration.marks import LAYER, PLAN  # noqa: E402
+from sglang_moe_routing.runtime import Plan, Runtime, process  # noqa: E402
 
 from .test_isolation import CPU, MAX_ROWS, NUM_EXPERTS, TOP_K, make_runtime  # noqa: E402
 
@@ -36,7 +35,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     (layer,) = state.layers
     layers = [replace(layer, layer_id=10 + i, index=i) for i in range(NUM_LAYERS)]
     state.attach(layers, CPU, MAX_ROWS)
-    monkeypatch.setattr(runtime, "_runtime", state)
+    monkeypatch.setattr(process, "_runtime", state)
     return state
 
 

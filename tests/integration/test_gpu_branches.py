@@ -15,14 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("sglang")
 from sglang.srt.layers.moe.topk import fused_topk
 
+from sglang_moe_routing import environment
+from sglang_moe_routing.engine.report import Inspection
+from sglang_moe_routing.engine.topk import engine_topk
 from sglang_moe_routing.errors import EngineError
-from sglang_moe_routing.integration import attach, environment, inspection, reloading
-from sglang_moe_routing.integration.engine_topk import engine_topk
-from sglang_moe_routing.integration.report import Inspection
-from sglang_moe_routing.integration.rows import RowViews
-from sglang_moe_routing.integration.runtime import Runtime
-from sglang_moe_routing.integration.statistics import Statistics
+from sglang_moe_routing.integration import attach, inspection, reloading
 from sglang_moe_routing.kernels import native, ops
+from sglang_moe_routing.runtime import Runtime
+from sglang_moe_routing.runtime.rows import RowViews
+from sglang_moe_routing.runtime.statistics import Statistics
 
 from .test_isolation import make_runtime
 

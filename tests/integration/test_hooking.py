@@ -9,9 +9,10 @@ import pytest
 
 from sglang_moe_routing.errors import EngineError
 
-hooking = pytest.importorskip("sglang_moe_routing.integration.hooking")
+hooking = pytest.importorskip("sglang_moe_routing.engine.hooking")
+from sglang_moe_routing import environment  # noqa: E402
 from sglang_moe_routing.config import LoadedConfig, load_config  # noqa: E402
-from sglang_moe_routing.integration import environment, install  # noqa: E402
+from sglang_moe_routing.integration import install  # noqa: E402
 from sglang_moe_routing.integration.hooks import HOOKS, RELIED_ON  # noqa: E402
 
 TOPK = "sglang.srt.layers.moe.topk"

@@ -16,9 +16,9 @@ from torch import Tensor
 from sglang_moe_routing.artifacts import SimilarityArtifact
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.integration.attach import make_table
-from sglang_moe_routing.integration.runtime import Layer, Plan, Runtime
 from sglang_moe_routing.kernels import choose
 from sglang_moe_routing.policies import FREE, FreeSlots, Router, Sizes
+from sglang_moe_routing.runtime import Layer, Plan, Runtime
 
 NUM_EXPERTS, TOP_K, MAX_ROWS = 32, 4, 24
 CPU = torch.device("cpu")

@@ -19,21 +19,23 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_moe_routing import runtime
 from sglang_moe_routing.config import choose, load_config
 from sglang_moe_routing.errors import EngineError
-from sglang_moe_routing.integration import metrics, runtime, selecting
-from sglang_moe_routing.integration.hooks.forward_batch import POLICY_ID
-from sglang_moe_routing.integration.hooks.generate import before
-from sglang_moe_routing.integration.hooks.request import around
+from sglang_moe_routing.integration import selecting
+from sglang_moe_routing.integration.hooks.http.generate import before
+from sglang_moe_routing.integration.hooks.scheduler.request import around
+from sglang_moe_routing.integration.marks import POLICY_ID
 from sglang_moe_routing.integration.selecting import SCOPE_KEY, Selection
 from sglang_moe_routing.integration.transport import Choice, unpack
+from sglang_moe_routing.runtime import metrics, process
 
 
 @pytest.fixture(autouse=True)
 def _config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "routing.yaml"
     path.write_text("version: 1\npolicies: {fast: {kind: oea, k0: 3}}\n")
-    monkeypatch.setattr(runtime, "_runtime", None)
+    monkeypatch.setattr(process, "_runtime", None)
     runtime.start(load_config(path))
 
 

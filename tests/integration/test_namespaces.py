@@ -12,10 +12,11 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.utils import storage_namespace_seed
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_moe_routing import runtime
 from sglang_moe_routing.config import load_config
-from sglang_moe_routing.integration import runtime
-from sglang_moe_routing.integration.hooks import request
+from sglang_moe_routing.integration.hooks.scheduler import request
 from sglang_moe_routing.integration.transport import Choice, pack
+from sglang_moe_routing.runtime import process
 
 POLICIES = """
 policies:
@@ -29,7 +30,7 @@ GROUPS = "isolation: {policies: {other: tenant}}\n"
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
     path = folder / "routing.yaml"
     path.write_text(f"version: 1\n{more}{POLICIES}")
-    monkeypatch.setattr(runtime, "_runtime", None)
+    monkeypatch.setattr(process, "_runtime", None)
     runtime.start(load_config(path))
 
 

@@ -28,10 +28,11 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod  # 
 from sglang.srt.layers.quantization.w4afp8 import W4AFp8MoEMethod  # noqa: E402
 from sglang.srt.runtime_context import get_context, get_flags  # noqa: E402
 
+from sglang_moe_routing import environment  # noqa: E402
+from sglang_moe_routing.cpu.experts import RUNNER, TORCH  # noqa: E402
 from sglang_moe_routing.errors import EngineError  # noqa: E402
-from sglang_moe_routing.integration import environment, runners  # noqa: E402
-from sglang_moe_routing.integration.cpu_platform.experts import RUNNER, TORCH  # noqa: E402
-from sglang_moe_routing.integration.hooks import capture  # noqa: E402
+from sglang_moe_routing.integration import runners  # noqa: E402
+from sglang_moe_routing.integration.hooks.model import capture  # noqa: E402
 from sglang_moe_routing.policies import FreeSlots  # noqa: E402
 from tests.unit.test_docs import section, tables  # noqa: E402
 

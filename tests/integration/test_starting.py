@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import free_port, server_environment
+from sglang_moe_routing.serving.server import free_port, server_environment
 
 PROGRAM = """
 import json, multiprocessing, os, sys

@@ -19,23 +19,22 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.server_args import ServerArgs
 
-from sglang_moe_routing import demo
+from sglang_moe_routing import demo, runtime
 from sglang_moe_routing.artifacts import SimilarityArtifact, save_artifact
 from sglang_moe_routing.checkpoint import Fingerprint
 from sglang_moe_routing.config import LoadedConfig, load_config
 from sglang_moe_routing.errors import ArtifactError
-from sglang_moe_routing.integration import runtime
-from sglang_moe_routing.integration.definitions import define
-from sglang_moe_routing.integration.hooks import weights as hook
+from sglang_moe_routing.integration.hooks.scheduler import weights as hook
 from sglang_moe_routing.integration.reloading import Staged
-from sglang_moe_routing.integration.runtime import Layer, Runtime, used_artifacts
-from sglang_moe_routing.integration.weights import (
+from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
+from sglang_moe_routing.runtime import Layer, Runtime, process, used_artifacts
+from sglang_moe_routing.runtime.definitions import define
+from sglang_moe_routing.runtime.weights import (
     CHECKPOINT_FORMATS,
     ServedWeights,
     check_former,
     unknown,
 )
-from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
 
 SERE = "similar: {kind: sere, num_primary: 1}"
 FAST = "fast: {kind: oea, k0: 3}"
@@ -63,7 +62,7 @@ def load(folder: Path, policies: str, allow: str = "false") -> LoadedConfig:
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
-    monkeypatch.setattr(runtime, "_runtime", None)
+    monkeypatch.setattr(process, "_runtime", None)
     return runtime.start(load(tmp_path, f"{SERE}, {FAST}"))
 
 

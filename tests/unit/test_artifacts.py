@@ -21,7 +21,7 @@ from sglang_moe_routing.artifacts import (
 )
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.errors import ArtifactError, RoutingError
-from sglang_moe_routing.similarity import idle_thresholds, load_similarities
+from sglang_moe_routing.runtime.similarity import idle_thresholds, load_similarities
 
 N = 4
 GOOD_METADATA = {

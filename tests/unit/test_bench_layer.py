@@ -14,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench import layer, layer_plot
-from sglang_moe_routing.bench.layer import SHAPES, Measurement, Shape
 from sglang_moe_routing.cli import app
+from sglang_moe_routing.cpu import bench_layer as layer
+from sglang_moe_routing.cpu import bench_layer_plot as layer_plot
+from sglang_moe_routing.cpu.bench_layer import SHAPES, Measurement, Shape
 from sglang_moe_routing.errors import BenchError
 
 RUNNER = CliRunner()

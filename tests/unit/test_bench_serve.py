@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from sglang_moe_routing.bench import serve
-from sglang_moe_routing.bench.machine import describe_machine
 from sglang_moe_routing.bench.serve import Run, Settings, Target
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import bundled_config, load_config
 from sglang_moe_routing.errors import BenchError, EngineError
+from sglang_moe_routing.serving.machine import describe_machine
 
 RUNNER = CliRunner()
 SETTINGS = Settings(concurrency=2, input_len=4, output_len=3, num_prompts=2, rounds=2)

@@ -12,12 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from sglang_moe_routing import environment
 from sglang_moe_routing.artifacts import SimilarityArtifact
 from sglang_moe_routing.errors import CheckError
-from sglang_moe_routing.integration import environment
-from sglang_moe_routing.integration.definitions import Definition
-from sglang_moe_routing.integration.recorder import Recorder
-from sglang_moe_routing.integration.runtime import Layer
 from sglang_moe_routing.policies import (
     PAD,
     FreeSlots,
@@ -29,6 +26,9 @@ from sglang_moe_routing.policies import (
     builtin_registry,
     reroute,
 )
+from sglang_moe_routing.runtime.definitions import Definition
+from sglang_moe_routing.runtime.plan import Layer
+from sglang_moe_routing.runtime.recorder import Recorder
 from sglang_moe_routing.testing import check_calls, oracle, read_records
 
 TOP_K, NUM_EXPERTS = 4, 80

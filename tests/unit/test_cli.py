@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from sglang_moe_routing import demo
-from sglang_moe_routing.bench.server import server_environment
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.cli.check import moe_sizes
 from sglang_moe_routing.cli.evaluate import header
 from sglang_moe_routing.errors import EngineError, PolicyError, describe
 from sglang_moe_routing.policies import Sizes, builtin_registry
+from sglang_moe_routing.serving.server import server_environment
 
 ROOT = Path(__file__).parents[2]
 RUNNER = CliRunner()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sglang_moe_routing.config import LoadedConfig, load_config
-from sglang_moe_routing.integration.definitions import VANILLA_ID, PolicyIds, define
 from sglang_moe_routing.policies import Vanilla
+from sglang_moe_routing.runtime.definitions import VANILLA_ID, PolicyIds, define
 
 
 class Request:

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from sglang_moe_routing import environment
 from sglang_moe_routing.config import load_config
-from sglang_moe_routing.integration import environment, metrics
 from sglang_moe_routing.kernels import native
+from sglang_moe_routing.runtime import metrics
 from tests.programs import prometheus
 
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,10 @@ import typer.main
 import yaml
 
 from scripts import make_reference
+from sglang_moe_routing import environment
 from sglang_moe_routing.cli import app
 from sglang_moe_routing.config import BODY_ITEMS, BODY_PLACES, load_config
-from sglang_moe_routing.integration import environment, settings
+from sglang_moe_routing.integration import settings
 from sglang_moe_routing.kernels import MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, native
 from tests.examples import example_registry
 
@@ -73,7 +74,7 @@ def anchors(text: str) -> set[str]:
 def hook_targets() -> set[str]:
     """Targets of the `Hook(...)` calls in the sources, which import sglang."""
     found = set()
-    for path in INTEGRATION.rglob("*.py"):
+    for path in (ROOT / "sglang_moe_routing").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Hook":
                 (target,) = (k.value for k in node.keywords if k.arg == "target")
@@ -102,7 +103,7 @@ def test_http_lists_exactly_the_places_of_a_body_that_count() -> None:
 
 
 def test_limits_name_every_default_of_the_cpu_platform() -> None:
-    from sglang_moe_routing.bench.server import server_environment
+    from sglang_moe_routing.serving.server import server_environment
 
     env = server_environment(None, ["--tp", "2"], cpu=True, base={})
     listed = first_cells(section(read("limits.md"), "## The portable CPU platform"))

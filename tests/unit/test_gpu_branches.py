@@ -13,7 +13,7 @@ from scripts import gpu_check
 from .test_docs import ROOT, read, section, tables
 
 PACKAGE = ROOT / "sglang_moe_routing"
-ROOMS = ("integration", "kernels")
+ROOMS = ("cpu", "engine", "integration", "kernels", "runtime")
 ATTRIBUTES = ("is_cuda", "is_cpu", "pin_memory")
 CALLS = ("torch.cuda.", "torch.version.hip")
 NAMES = ("cuda", "cpu")

@@ -121,4 +121,4 @@ def test_sglang_finds_the_plugin_of_a_checkout_that_is_not_installed(
         gpu_check.publish_plugin(tmp_path)
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "sglang_moe_routing.integration.plugin:register" in found.stdout, found.stderr
-    assert "sglang_moe_routing.integration.plugin:activate_platform" in found.stdout
+    assert "sglang_moe_routing.cpu.plugin:activate" in found.stdout

@@ -8,7 +8,7 @@ from email.parser import Parser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PLATFORM = ROOT / "sglang_moe_routing/integration/cpu_platform/distribution"
+PLATFORM = ROOT / "sglang_moe_routing/cpu/distribution"
 
 
 def test_plugin_and_platform_are_distributions_of_their_own_in_one_wheel() -> None:

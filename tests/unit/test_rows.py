@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang_moe_routing.config import load_config
 from sglang_moe_routing.errors import EngineError
-from sglang_moe_routing.integration.definitions import Definition, define
-from sglang_moe_routing.integration.rows import RowCounts, RowViews
 from sglang_moe_routing.policies import PAD
+from sglang_moe_routing.runtime.definitions import Definition, define
+from sglang_moe_routing.runtime.rows import RowCounts, RowViews
 
 CPU = torch.device("cpu")
 

@@ -1,49 +1,10 @@
-"""One file per hooked SGLang symbol; its docstring says why there, and when it can go."""
+"""One file per concern, in the room of its process; docstrings say why there, and until when."""
 
-from ..hooking import Hook, Symbol
-from . import (
-    capture,
-    endpoints,
-    forcing,
-    forward,
-    forward_batch,
-    generate,
-    graphs,
-    internal_state,
-    load_model,
-    reload,
-    request,
-    response,
-    server,
-    topk,
-    weights,
-)
+from ...engine.hooking import Hook, Symbol
+from . import http, model, scheduler
+from .model import FORCING_HOOKS
 
-HOOKS: tuple[Hook, ...] = (
-    topk.HOOK,
-    topk.SELECT,
-    topk.PRECOMPUTED,
-    capture.HOOK,
-    forward_batch.HOOK,
-    forward.HOOK,
-    graphs.CAPTURE,
-    graphs.CAPTURE_SHAPE,
-    graphs.PREFILL,
-    load_model.HOOK,
-    request.HOOK,
-    internal_state.HOOK,
-    internal_state.READ,
-    reload.HOOK,
-    *weights.HOOKS,
-    generate.GENERATE,
-    generate.REPORT,
-    *endpoints.HOOKS,
-    *response.HOOKS,
-    *server.HOOKS,
-)
-
-FORCING_HOOKS: tuple[Hook, ...] = forcing.HOOKS
-"""Registered on request only."""
+HOOKS: tuple[Hook, ...] = (*http.HOOKS, *scheduler.HOOKS, *model.HOOKS)
 
 RELIED_ON: tuple[Symbol, ...] = (
     Symbol("sglang.srt.layers.moe.topk.TopK"),
@@ -87,3 +48,5 @@ RELIED_ON: tuple[Symbol, ...] = (
         "sglang.srt.models.deepseek_common.attention_backend_handler.AttentionBackendRegistry.register"
     ),
 )
+
+__all__ = ["FORCING_HOOKS", "HOOKS", "RELIED_ON", "http", "model", "scheduler"]

@@ -1,0 +1,39 @@
+"""After ``SchedulerInternalStateController.get_internal_state``: add the active-expert counts.
+
+Why here: an existing round trip from the HTTP process to every scheduler, in step with the event
+loop, so that reading the counts never races with a forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .... import runtime
+from ....engine.hooking import Hook
+from ....runtime.statistics import KEY
+from ...reloading import ERROR
+from .reload import FOLLOWER
+
+
+def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    state = runtime.current()
+    layers = state.statistics.read() if state.statistics else None
+    result.internal_state[KEY] = {
+        "config_sha256": state.loaded.sha256,
+        "kernels": state.kernels,
+        "experts": state.experts,
+        "layers": layers,
+        "policies": state.row_counts.read() if state.row_counts else None,
+        ERROR: FOLLOWER.error,
+    }
+
+
+HOOK = Hook(
+    target=(
+        "sglang.srt.managers.scheduler_components.internal_state."
+        "SchedulerInternalStateController.get_internal_state"
+    ),
+    parameters=("self", "recv_req"),
+    kind="after",
+    function=after,
+)
