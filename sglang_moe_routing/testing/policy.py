@@ -138,10 +138,10 @@ def _check(policy: Policy, sizes: Sizes, name: str, most_calls: int | None) -> N
     where = f"{name}, layer {sizes.layer}"
     with _naming(where):
         _check_rule(policy, sizes)
-        table = _table(policy, sizes)
+        table, others = _table(sizes, policy), _table(sizes)
     for call in islice(_calls(sizes, policy.starts()), most_calls):
         with _naming(f"{where}, {call.name}"):
-            _check_call(policy, call, table, sizes)
+            _check_call(policy, call, table, others, sizes)
 
 
 def _check_rule(policy: Policy, sizes: Sizes) -> None:
@@ -159,18 +159,18 @@ def _check_rule(policy: Policy, sizes: Sizes) -> None:
             )
 
 
-def _table(policy: Policy, sizes: Sizes) -> PolicyTable:
-    """Vanilla, another policy, and `policy`."""
+def _table(sizes: Sizes, *policies: Policy) -> PolicyTable:
+    """Vanilla, another policy, and `policies`."""
     generator = torch.Generator().manual_seed(0)
     shape = (sizes.num_experts, sizes.num_experts)
-    random = {_ARTIFACT: torch.rand(shape, generator=generator)} if policy.uses_similarity else {}
+    used = [_ARTIFACT if policy.uses_similarity else None for policy in policies]
     return build_table(
-        [Vanilla(), _other(sizes), policy],
+        [Vanilla(), _other(sizes), *policies],
         layer=sizes.layer,
         top_k=sizes.top_k,
         num_experts=sizes.num_experts,
-        similarity=random,
-        artifacts=[None, None, _ARTIFACT if random else None],
+        similarity={_ARTIFACT: torch.rand(shape, generator=generator)},
+        artifacts=[None, None, *used],
     )
 
 
@@ -225,7 +225,7 @@ def _calls(sizes: Sizes, starts: Iterable[int]) -> Iterator[_Call]:
     yield make("all scores equal", torch.zeros(6, sizes.num_experts), mixed)
     yield make("a router that chose other experts", random(6), mixed, is_best=False)
     for name, value in (("NaN", torch.nan), ("infinite", torch.inf), ("huge", 1e30)):
-        odd = torch.where(ties > 0.5, value, torch.where(ties < -0.5, -value, ties))
+        odd = torch.where(ties > 1, value, torch.where(ties < -1, -value, ties))
         odd[2], odd[4] = value, -value  # whole rows
         yield make(f"{name} logits", odd, mixed)
     around = {n for start in starts for n in (start - 1, start)}
@@ -233,7 +233,9 @@ def _calls(sizes: Sizes, starts: Iterable[int]) -> Iterator[_Call]:
         yield make(f"{n} live rows", random(n), [*islice(cycle(mixed), n)])
 
 
-def _check_call(policy: Policy, call: _Call, table: PolicyTable, sizes: Sizes) -> None:
+def _check_call(
+    policy: Policy, call: _Call, table: PolicyTable, others: PolicyTable, sizes: Sizes
+) -> None:
     found = call.run(table)
     if not _same_rows(found, call.run(table)):
         raise CheckError("the same call gives something else when it is made again")
@@ -248,11 +250,11 @@ def _check_call(policy: Policy, call: _Call, table: PolicyTable, sizes: Sizes) -
     )
     if not _same_rows(found, padded.run(table), slice(1, num_rows + 1)):
         raise CheckError("a padded row changes what other rows get")
-    others = (call.rows == _VANILLA) | (call.rows == _TOPK)
-    alone = replace(call, rows=torch.where(others, call.rows, PAD)).run(table)
-    if not _same_rows(found, alone, others, others):
+    mine = call.rows == _MINE
+    without = replace(call, rows=torch.where(mine, PAD, call.rows)).run(others)
+    if not _same_rows(found, without, ~mine, ~mine):
         raise CheckError("rows of other policies are not what they are without it")
-    _check_rows(call, found, call.rows == _MINE, sizes)
+    _check_rows(call, found, mine, sizes)
     if not isinstance(policy, TorchPolicy):
         check_call(_record(policy, call, found, table, sizes), is_routers=call.is_routers)
 
@@ -340,7 +342,7 @@ def _check_capture(policy: Policy, sizes: Sizes) -> None:
     """Run a call on tensors of a GPU that is not there: they have shapes, and no contents."""
     from torch._subclasses import fake_tensor  # takes seconds
 
-    table = _table(policy, sizes)
+    table = _table(sizes, policy)
     with fake_tensor.FakeTensorMode(), _NoCopies():  # type: ignore[no-untyped-call]  # torch's
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -244,7 +244,7 @@ PLANTED: dict[str, tuple[Callable[..., None], str]] = {
         change("base_weights", "lynx", 0, 0.9),
         r"row 17 \(lynx\): base_weights",
     ),
-    "another k_max": (change_rule("topk", "k_max", 1), r"row 1 \(topk\): has"),
+    "another max_rank": (change_rule("xshare", "max_rank", 4), r"row 6 \(xshare\): has"),
     "another budget": (change_rule("budget", "max_active", 24), "the union is"),
     "another compensation": (change_rule("topk", "compensation", 0.6), r"row 1 \(topk\): final_w"),
     "another share": (change_rule("mapped", "mapped_share", 0.4), r"row 3 \(mapped\): final_w"),
