@@ -58,8 +58,8 @@ def check_policy(
       sum than the model's. Under a rule, ids and weights are those of the `oracle`.
     - Rows of vanilla and of another policy stay, bit for bit, what they are without it. Padded rows
       change nothing. The same call gives the same again.
-    - Shapes depend on shapes alone, and nothing waits for the device: run on tensors without
-      contents that claim to be on a GPU.
+    - In a policy in torch, shapes depend on shapes alone, and nothing waits for the device: it runs
+      on tensors without contents that claim to be on a GPU.
 
     Args:
         policy: of any kind, a rule or a `TorchPolicy`; it gets a random similarity matrix if it
@@ -72,17 +72,18 @@ def check_policy(
     """
     name = f"policy of kind {policy.kind}"
     for index, layer in enumerate(layers):
-        sizes = Sizes(layer, top_k, num_experts)
+        sizes = _Sizes(layer, top_k, num_experts)
         _check(policy, sizes, name, most_calls=None)
         if index == 0:
             for case, variant in _variants(policy, top_k, num_experts):
                 _check(variant, sizes, f"{name} with {case}", most_calls=3)
-            with _naming(f"{name}, captured in a graph"):
-                _check_capture(policy, sizes)
+            if isinstance(policy, TorchPolicy):
+                with _naming(f"{name}, captured in a graph"):
+                    _check_capture(policy, sizes)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class _Sizes:
     layer: int
     top_k: int
     num_experts: int
@@ -116,10 +117,6 @@ class _Call:
             scale=self.router.scale,
         )
 
-    def take(self, rows: Tensor) -> _Call:
-        parts = {name: getattr(self, name)[rows] for name in ("logits", "ids", "weights", "rows")}
-        return replace(self, **parts)
-
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
@@ -134,7 +131,7 @@ def _naming(where: str) -> Iterator[None]:
         raise CheckError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _check(policy: Policy, sizes: Sizes, name: str, most_calls: int | None) -> None:
+def _check(policy: Policy, sizes: _Sizes, name: str, most_calls: int | None) -> None:
     where = f"{name}, layer {sizes.layer}"
     with _naming(where):
         _check_rule(policy, sizes)
@@ -144,7 +141,7 @@ def _check(policy: Policy, sizes: Sizes, name: str, most_calls: int | None) -> N
             _check_call(policy, call, table, others, sizes)
 
 
-def _check_rule(policy: Policy, sizes: Sizes) -> None:
+def _check_rule(policy: Policy, sizes: _Sizes) -> None:
     starts = policy.starts()
     rules = [policy.in_force(sizes.place(n)) for n in range(1, NUM_VALUES + 1)]
     for n, rule in enumerate(rules, start=1):
@@ -159,7 +156,7 @@ def _check_rule(policy: Policy, sizes: Sizes) -> None:
             )
 
 
-def _table(sizes: Sizes, *policies: Policy) -> PolicyTable:
+def _table(sizes: _Sizes, *policies: Policy) -> PolicyTable:
     """Vanilla, another policy, and `policies`."""
     generator = torch.Generator().manual_seed(0)
     shape = (sizes.num_experts, sizes.num_experts)
@@ -174,7 +171,7 @@ def _table(sizes: Sizes, *policies: Policy) -> PolicyTable:
     )
 
 
-def _other(sizes: Sizes) -> TopK:
+def _other(sizes: _Sizes) -> TopK:
     """A policy whose rows do not depend on the union."""
     return TopK.model_validate({"k0": max(1, sizes.top_k // 2)})
 
@@ -193,7 +190,7 @@ def _variants(policy: Policy, top_k: int, num_experts: int) -> Iterator[tuple[st
                     yield f"{name}: {value}", variant
 
 
-def _calls(sizes: Sizes, starts: Iterable[int]) -> Iterator[_Call]:
+def _calls(sizes: _Sizes, starts: Iterable[int]) -> Iterator[_Call]:
     generator = torch.Generator().manual_seed(0)
     routers = cycle(_ROUTERS)
 
@@ -234,7 +231,7 @@ def _calls(sizes: Sizes, starts: Iterable[int]) -> Iterator[_Call]:
 
 
 def _check_call(
-    policy: Policy, call: _Call, table: PolicyTable, others: PolicyTable, sizes: Sizes
+    policy: Policy, call: _Call, table: PolicyTable, others: PolicyTable, sizes: _Sizes
 ) -> None:
     found = call.run(table)
     if not _same_rows(found, call.run(table)):
@@ -270,7 +267,7 @@ def _same_rows(found: Rerouted, other: Rerouted, theirs: Any = ..., mine: Any = 
     )
 
 
-def _check_rows(call: _Call, found: Rerouted, mine: Tensor, sizes: Sizes) -> None:
+def _check_rows(call: _Call, found: Rerouted, mine: Tensor, sizes: _Sizes) -> None:
     """Hold its rows to what any engine can run."""
     for b in mine.nonzero().flatten().tolist():
         ids, weights = found.topk_ids[b].tolist(), found.topk_weights[b].tolist()
@@ -291,7 +288,7 @@ def _check_rows(call: _Call, found: Rerouted, mine: Tensor, sizes: Sizes) -> Non
 
 
 def _record(
-    policy: Policy, call: _Call, found: Rerouted, table: PolicyTable, sizes: Sizes
+    policy: Policy, call: _Call, found: Rerouted, table: PolicyTable, sizes: _Sizes
 ) -> dict[str, Any]:
     """The call as a recorder would have it."""
     names = {_VANILLA: "vanilla", _TOPK: "topk", _MINE: policy.kind}
@@ -338,7 +335,7 @@ class _NoCopies(TorchDispatchMode):
         return out
 
 
-def _check_capture(policy: Policy, sizes: Sizes) -> None:
+def _check_capture(policy: Policy, sizes: _Sizes) -> None:
     """Run a call on tensors of a GPU that is not there: they have shapes, and no contents."""
     from torch._subclasses import fake_tensor  # takes seconds
 

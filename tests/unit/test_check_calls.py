@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "oea": {"kind": "oea", "k0": 3, "p": 0.6, "k_max": 3, "max_rank": 9},
     "mapped": {"kind": "oea", "k0": 1, "mapped_share": 0.3},
     "sere": {"kind": "sere", "num_primary": 1, "threshold": 0.8},
+    "scaled": {"kind": "sere", "num_primary": 1, "threshold": 0.5},
     "budget": {"kind": "budget", "max_active": 9, "compensation": 0.6},
     "xshare": {"kind": "xshare", "max_active": 9},
     "lynx": {"kind": "lynx", "max_active": 9},
@@ -49,6 +51,7 @@ RULES: dict[str, dict[str, Any]] = {
     "oea": {"k0": 3, "p": 0.6, "k_max": 3, "max_rank": 9},
     "mapped": {"k0": 1, "mapped_share": 0.3, "similarity": "digest"},
     "sere": {"k0": 1, "threshold": 0.8, "similarity": "digest"},
+    "scaled": {"k0": 1, "threshold": 0.5, "similarity": "scales"},
     "budget": {"k0": 0, "max_active": 9, "compensation": 0.6},
     "xshare": {"k0": 1, "max_active": 9, "exponent": 1},
     "lynx": {"k0": 0, "max_active": 9, "exponent": 0, "max_rank": TOP_K},
@@ -69,13 +72,15 @@ class Recording:
 
     def __init__(self, folder: Path, router: Router, free_slots: FreeSlots) -> None:
         generator = torch.Generator().manual_seed(0)
-        matrix = torch.rand(NUM_EXPERTS, NUM_EXPERTS, generator=generator)
-        artifact = SimilarityArtifact({0: matrix, 1: matrix.T}, "routed", "", sha256="digest")
+        one, two = torch.rand(2, NUM_EXPERTS, NUM_EXPERTS, generator=generator)
+        plain = SimilarityArtifact({0: one, 1: two}, "routed", "", sha256="digest")
+        scales = replace(plain, coefficients={0: two, 1: one}, sha256="scales")
+        self.artifacts = {"mapped": plain, "sere": plain, "scaled": scales}
         self.policies: list[Policy] = [
             builtin_registry()[given["kind"]].model_validate(given) for given in POLICIES.values()
         ]
         self.definitions = [
-            Definition(name, policy, artifact if policy.uses_similarity else None, "")
+            Definition(name, policy, self.artifacts.get(name), "")
             for name, policy in zip(POLICIES, self.policies, strict=True)
         ]
         self.layers = [
@@ -91,8 +96,9 @@ class Recording:
                     layer=number,
                     top_k=TOP_K,
                     num_experts=NUM_EXPERTS,
-                    similarity={"digest": artifact.matrices[number]},
-                    artifacts=["digest" if p.uses_similarity else None for p in self.policies],
+                    similarity={a.sha256: a.matrices[number] for a in (plain, scales)},
+                    coefficients={"scales": scales.coefficients[number]},
+                    artifacts=[d.artifact and d.artifact.sha256 for d in self.definitions],
                 ),
                 has_kernels=False,
                 union=torch.zeros(NUM_EXPERTS, dtype=torch.bool),
@@ -168,8 +174,12 @@ def test_a_record_says_which_rule_was_in_force(record: Callable[..., Recording])
     recording = record()
     for call in recording.run():
         assert call["rules"] == [None if name is None else RULES[name] for name in ROWS]
-        matrix = recording.definitions[NAMES.index("sere")].artifact.matrices[call["layer"]]  # type: ignore[union-attr]
-        assert call["similarity"] == {"digest": {"similarity": matrix.tolist()}}
+        matrix = recording.artifacts["sere"].matrices[call["layer"]].tolist()
+        factors = recording.artifacts["scaled"].coefficients[call["layer"]].tolist()
+        assert call["similarity"] == {
+            "digest": {"similarity": matrix},
+            "scales": {"similarity": matrix, "coefficients": factors},
+        }
 
 
 def test_matrices_are_in_every_folder_anew(record: Callable[..., Recording]) -> None:
@@ -197,7 +207,8 @@ def change(name: str, row: str | None, column: int, value: Any) -> Callable[...,
 
 def change_rule(row: str, name: str, value: Any) -> Callable[..., None]:
     def apply(call: dict[str, Any]) -> None:
-        call["rules"][ROWS.index(row)] = {**RULES[row], name: value}
+        rules = zip(ROWS, call["rules"], strict=True)
+        call["rules"] = [{**rule, name: value} if n == row else rule for n, rule in rules]
 
     return apply
 
@@ -209,47 +220,53 @@ def more_in_union(call: dict[str, Any]) -> None:
 PLANTED: dict[str, tuple[Callable[..., None], str]] = {
     "a vanilla weight is one unit off": (
         change("final_weights", "vanilla", 0, lambda w: float(np.nextafter(np.float32(w[0]), 2))),
-        r"row 10 \(vanilla\): weighs .* unchanged",
+        r"row 11 \(vanilla\): weighs .* unchanged",
     ),
     "a vanilla expert is another": (
         change("final_ids", "vanilla", 0, lambda ids: min(set(range(NUM_EXPERTS)) - {*ids})),
-        r"row 10 \(vanilla\): has the experts .*, expected",
+        r"row 11 \(vanilla\): has the experts .*, expected",
     ),
     "a rule out of force is followed": (
         change("final_ids", "late", 3, -1),
-        r"row 18 \(late\): has",
+        r"row 20 \(late\): has",
     ),
     "an expert stands there twice": (
         change("final_ids", "oea", 1, lambda ids: ids[0]),
-        r"row 12 \(oea\): has the experts \[(\d+), \1, ",
+        r"row 13 \(oea\): has the experts \[(\d+), \1, ",
     ),
     "experts are in another order": (
-        lambda call: call["final_ids"][11].__setitem__(slice(0, 2), call["final_ids"][11][1::-1]),
-        r"row 11 \(topk\): has the experts",
+        lambda call: call["final_ids"][12].__setitem__(slice(0, 2), call["final_ids"][12][1::-1]),
+        r"row 12 \(topk\): has the experts",
     ),
     "a weight is off": (
         change("final_weights", "budget", 0, lambda weights: weights[0] + 1e-4),
-        r"row 15 \(budget\): final_weights .*, expected",
+        r"row 17 \(budget\): final_weights .*, expected",
     ),
-    "a free slot weighs": (change("final_weights", "topk", 3, 0.1), r"row 11 \(topk\): final_wei"),
-    "a padded row has an expert": (change("final_ids", None, 0, 3), r"row 9 \(padding\): has"),
-    "a padded row weighs": (change("final_weights", None, 0, 0.5), r"row 9 \(padding\): final_w"),
+    "a free slot weighs": (change("final_weights", "topk", 3, 0.1), r"row 12 \(topk\): final_wei"),
+    "a padded row has an expert": (change("final_ids", None, 0, 3), r"row 10 \(padding\): has"),
+    "a padded row weighs": (change("final_weights", None, 0, 0.5), r"row 10 \(padding\): final_w"),
     "the union has one more": (more_in_union, r"the union is \[.*, expected \["),
     "the union lacks one": (lambda call: call["union"].pop(), "the union is"),
     "the router did not choose this": (
         change("base_ids", "xshare", 0, lambda ids: min(set(range(NUM_EXPERTS)) - {*ids})),
-        r"row 16 \(xshare\): the router chose",
+        r"row 18 \(xshare\): the router chose",
     ),
     "the router does not weigh like this": (
         change("base_weights", "lynx", 0, 0.9),
-        r"row 17 \(lynx\): base_weights",
+        r"row 19 \(lynx\): base_weights",
     ),
-    "another max_rank": (change_rule("xshare", "max_rank", 4), r"row 6 \(xshare\): has"),
+    "another max_rank": (change_rule("xshare", "max_rank", 4), r"row \d+ \(xshare\): has"),
     "another budget": (change_rule("budget", "max_active", 24), "the union is"),
-    "another compensation": (change_rule("topk", "compensation", 0.6), r"row 1 \(topk\): final_w"),
-    "another share": (change_rule("mapped", "mapped_share", 0.4), r"row 3 \(mapped\): final_w"),
-    "another threshold": (change_rule("sere", "threshold", 1.1), r"row 4 \(sere\): has"),
-    "no rule": (change_rule("oea", "torch", "min_p"), r"row 2 \(oea\): .* in torch \(kind min_p\)"),
+    "another compensation": (
+        change_rule("topk", "compensation", 0.6),
+        r"row \d+ \(topk\): final_w",
+    ),
+    "another share": (change_rule("mapped", "mapped_share", 0.4), r"row \d+ \(mapped\): final_w"),
+    "another threshold": (change_rule("sere", "threshold", 1.1), r"row \d+ \(sere\): has"),
+    "no rule": (
+        change_rule("oea", "torch", "min_p"),
+        r"row \d+ \(oea\): .* in torch \(kind min_p\)",
+    ),
 }
 
 
