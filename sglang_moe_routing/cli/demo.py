@@ -186,7 +186,7 @@ def _load_as_json(load: Load) -> dict[str, Any]:
 def _print(outcome: Outcome) -> None:
     table = Table(title=f"{NUM_REQUESTS} concurrent requests on {_device()}", expand=True)
     checked = outcome.checked
-    for column in ("policy", "tokens", "active experts", "without", "TPOT ms", "rows checked"):
+    for column in ("policy", "tokens", "active experts", "without", "TPOT ms", "checked"):
         table.add_column(column, no_wrap=True)
     table.add_column("sample", no_wrap=True, overflow="ellipsis", ratio=1)
     rows = [*outcome.loads.items(), ("all mixed", outcome.mixed)]
@@ -207,7 +207,7 @@ def _print(outcome: Outcome) -> None:
     console.print(table)
     console.print(
         "active experts: mean per MoE layer and decode step; without: what the router had chosen;\n"
-        "rows checked: in the mixed batch, against a slow statement of the rules\n"
+        "checked: rows of the mixed batch, held to a slow statement of the rules\n"
     )
     console.print(
         f"mixed batch: {checked.num_calls if checked else 'not all'} recorded MoE calls passed\n"

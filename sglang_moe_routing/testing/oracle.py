@@ -215,9 +215,8 @@ def may_be_union(found: Collection[int], rows: Sequence[Row], rtol: float) -> bo
             certain.add(j)
         if sum((least[i], -i) > (most[j], -j) for i in most if i != j) < wanted:
             possible.add(j)
-    return required | certain <= found <= required | possible and len(
-        certain | (found - required)
-    ) <= wanted <= len(found & possible)
+    is_full = len(certain | (found - required)) <= wanted <= len(found & possible)
+    return is_full and required | certain <= found <= required | possible
 
 
 def reroute(
