@@ -35,6 +35,7 @@ PUBLIC: Mapping[str, Sequence[str]] = {
         *("Router", "PolicyTable", "build_table", "FreeSlots", "reroute", "Rerouted"),
     ),
     f"{PACKAGE}.kernels": ("refine", "BoundLayer", "workspace"),
+    f"{PACKAGE}.testing": ("check_policy", "check_calls", "read_records", "Checked"),
 }
 """What the page lists, by the module to import it from."""
 OPTIONS = {

@@ -63,6 +63,10 @@ class BenchError(RoutingError, ValueError):
     """A measurement cannot be made as asked, or its results are wrong."""
 
 
+class CheckError(RoutingError, AssertionError):
+    """A policy or a recorded call is not what it should be; see `sglang_moe_routing.testing`."""
+
+
 class _Shortener(reprlib.Repr):
     def __init__(self) -> None:
         super().__init__()

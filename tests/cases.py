@@ -23,7 +23,7 @@ from sglang_moe_routing.policies import (
     build_table,
     builtin_registry,
 )
-from tests import oracles
+from sglang_moe_routing.testing import oracle
 
 Spec = dict[str, Any]
 
@@ -110,17 +110,26 @@ class Numbers(Policy):
 
 
 def to_policy(spec: Spec) -> Policy:
-    """The package's policy for the oracle's plain dict."""
+    """The package's policy for a spec."""
     given = {name: value for name, value in spec.items() if name not in ("kind", "artifact")}
-    if spec["kind"] == "rule":
-        given["threshold"] = given.pop("rho", None)
-    if spec["kind"] == "sere":
-        given["num_primary"], given["threshold"] = given.pop("S"), given.pop("rho")
-    if "c" in given:
-        given["compensation"] = given.pop("c")
     if spec["kind"] == "rule":
         return Numbers(numbers=Rule(**given))
     return builtin_registry()[spec["kind"]].model_validate(given)
+
+
+def numbers_of(spec: Spec) -> Spec:
+    """The numbers of the one rule behind a spec, as the papers have them; for the oracle."""
+    kind = spec["kind"]
+    given = {n: value for n, value in spec.items() if value is not None and n in oracle.NOTHING}
+    if kind == "sere":
+        given["k0"] = spec["num_primary"]
+    elif kind == "topk":
+        given["k_max"] = spec["k0"]
+    elif kind == "budget":
+        given["exponent"] = 1 if spec["utility"] == "gate" else 2
+    elif kind not in ("vanilla", "oea", "rule"):
+        raise ValueError(f"unknown kind {kind!r}")
+    return {**oracle.NOTHING, **given}
 
 
 def table_of(case: Case) -> PolicyTable:
@@ -139,22 +148,23 @@ def policy_ids(case: Case, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor([PAD if i is None else i for i in case.row_specs], dtype=dtype)
 
 
-def ask_oracle(case: Case, *, repeats_first: bool = False) -> oracles.Routed:
-    specs: list[Spec | None] = []
+def ask_oracle(case: Case, *, repeats_first: bool = False) -> oracle.Routed:
+    rules: list[Spec | None] = []
     for row in range(case.num_rows):
         spec = case.spec(row)
-        if spec is not None and "artifact" in spec:
-            name = spec["artifact"]
-            spec = {**spec, "sim": case.artifacts[name].float().numpy()}
-            if name in case.coefficients:
-                spec["coefficients"] = case.coefficients[name].float().numpy()
-        specs.append(spec)
-    return oracles.reroute(
+        if spec is None:
+            rules.append(None)
+            continue
+        artifact = spec.get("artifact")
+        matrices = {"similarity": case.artifacts, "coefficients": case.coefficients}
+        given = {n: m[artifact].float().numpy() for n, m in matrices.items() if artifact in m}
+        rules.append({**numbers_of(spec), **given})
+    return oracle.reroute(
         case.scores.float().numpy(),
         case.gates.numpy(),
         case.topk_ids.numpy(),
         case.topk_weights.double().numpy(),
-        specs,
+        rules,
         renormalize=case.renormalize,
         scale=case.scale,
         repeats_first=repeats_first,
@@ -200,7 +210,7 @@ def assert_distinct_experts(
 
 # --- cases -------------------------------------------------------------------------------------
 
-RHOS = (-0.75, 0.0, 0.25, 0.3, 0.5, 1.0, 1.5)
+THRESHOLDS = (-0.75, 0.0, 0.25, 0.3, 0.5, 1.0, 1.5)
 
 
 @st.composite
@@ -213,13 +223,14 @@ def spec_of(draw: st.DrawFn, num_experts: int, top_k: int, kinds: Sequence[str])
     count = st.integers(1, top_k)
     if kind == "vanilla":
         return {"kind": kind}
-    compensation: Spec = {"c": draw(st.sampled_from((None, None, 0.0, 0.4, 0.6, 1.0)))}
+    compensation: Spec = {"compensation": draw(st.sampled_from((None, None, 0.0, 0.4, 0.6, 1.0)))}
     if kind == "topk":
         return {"kind": kind, "k0": draw(count), **compensation}
     artifact = draw(st.sampled_from(("a", "b")))
     if kind == "sere":
-        rho = draw(st.sampled_from(RHOS))
-        return {"kind": kind, "S": draw(count), "rho": rho, "artifact": artifact, **compensation}
+        threshold = draw(st.sampled_from(THRESHOLDS))
+        moving = {"num_primary": draw(count), "threshold": threshold, "artifact": artifact}
+        return {"kind": kind, **moving, **compensation}
     mapping = {"mapped_share": draw(st.sampled_from((0.0, 0.0, 0.3, 1.0))), "artifact": artifact}
     few = st.integers(1, min(num_experts, 4 * top_k))
     max_active = draw(few | st.integers(1, num_experts))
@@ -251,7 +262,7 @@ def draw_numbers(draw: st.DrawFn, required: Spec, max_active: int, weights: Spec
     }
     spec = {"kind": "rule", **required, **filling, **weights}
     if draw(st.booleans()):
-        moving = {"rho": draw(st.sampled_from(RHOS)), "k_max": None, "max_rank": None}
+        moving = {"threshold": draw(st.sampled_from(THRESHOLDS)), "k_max": None, "max_rank": None}
         spec = {**spec, **moving, "mapped_share": 0.0}
     return {name: value for name, value in spec.items() if value is not None}
 
@@ -306,7 +317,7 @@ def make_coefficients(rng: np.random.Generator, num_experts: int) -> Tensor:
 def first_ranks(case: Case, row: int) -> list[int]:
     """The row's first top_k experts in rank order. Ids may be out of range or repeated."""
     valid = [j for j in case.topk_ids[row].tolist() if 0 <= j < case.num_experts]
-    return oracles.rank_order(case.scores[row].tolist(), list(dict.fromkeys(valid)))[: case.top_k]
+    return oracle.rank_order(case.scores[row].tolist(), list(dict.fromkeys(valid)))[: case.top_k]
 
 
 def keep_off_thresholds(case: Case) -> Case:
@@ -320,7 +331,7 @@ def keep_off_thresholds(case: Case) -> Case:
         for row in case.live:
             if case.row_specs[row] != index:
                 continue
-            shares += oracles.mass_prefixes(case.gates[row].tolist(), first_ranks(case, row))
+            shares += oracle.mass_prefixes(case.gates[row].tolist(), first_ranks(case, row))
         while any(abs(share - spec["p"]) < MASS_MARGIN for share in shares):
             spec["p"] -= 3 * MASS_MARGIN
     return keep_off_close_demands(replace(case, specs=tuple(specs)))
@@ -344,7 +355,7 @@ def keep_off_close_demands(case: Case, rtol: float = DEMAND_RTOL) -> Case:
 
 def _asks(spec: Spec, top_k: int) -> bool:
     """Whether rows of this policy demand experts."""
-    return bool(oracles.numbers_of(spec)["max_active"]) and not oracles.keeps_base(spec, top_k)
+    return bool(numbers_of(spec)["max_active"]) and not oracle.keeps_base(numbers_of(spec), top_k)
 
 
 def safe_max_active(case: Case, wanted: int, rtol: float) -> int:
@@ -357,7 +368,7 @@ def safe_max_active(case: Case, wanted: int, rtol: float) -> int:
         if not spec or not _asks(spec, case.top_k) or not gates[base].sum() > 0:
             continue
         shares = gates[base] / gates[base].sum()
-        quanta = 65536 * shares ** oracles.numbers_of(spec)["exponent"]
+        quanta = 65536 * shares ** numbers_of(spec)["exponent"]
         for bound, factor in ((least, 1 - rtol), (most, 1 + rtol)):
             bound[base] += np.where(shares > 0, (quanta * factor + 0.5).clip(1), 0).astype(int)
     candidates = [j for j in range(case.num_experts) if most[j] > 0]
@@ -371,7 +382,7 @@ def safe_max_active(case: Case, wanted: int, rtol: float) -> int:
 
 
 def rank_rows(case: Case) -> np.ndarray:
-    """Every row's experts in rank order, as `oracles.rank_order` has them, all rows at once."""
+    """Every row's experts in rank order, as `oracle.rank_order` has them, all rows at once."""
     ids = case.topk_ids.long().numpy()
     is_valid = (ids >= 0) & (ids < case.num_experts)
     is_base = np.zeros((case.num_rows, case.num_experts + 1), dtype=bool)
@@ -467,7 +478,7 @@ def small_case(
 
 
 OEA_2: Spec = {"kind": "oea", "k0": 2, "p": 1.0, "k_max": None, "max_rank": None}
-SERE_1: Spec = {"kind": "sere", "S": 1, "rho": 0.0, "artifact": "b"}
+SERE_1: Spec = {"kind": "sere", "num_primary": 1, "threshold": 0.0, "artifact": "b"}
 BUDGET_5: Spec = {"kind": "budget", "max_active": 5, "k0": 0, "utility": "squared_gate"}
 MAPPED: Spec = {"mapped_share": 0.3, "artifact": "a"}
 ONE_OF_EACH: tuple[Spec, ...] = (
@@ -494,11 +505,11 @@ def varied_case(shape: Shape, seed: int, specs: tuple[Spec, ...] | None = None) 
         {**OEA_2, "k0": (top_k + 1) // 2},
         {**OEA_2, "k0": top_k, "p": 0.6, "max_rank": min(num_experts, 2 * top_k)},
         SERE_1,
-        {**SERE_1, "S": (top_k + 1) // 2, "rho": 0.9, "artifact": "a"},
+        {**SERE_1, "num_primary": (top_k + 1) // 2, "threshold": 0.9, "artifact": "a"},
         {**OEA_2, **MAPPED, "k0": max(1, top_k // 4)},
         {**BUDGET_5, **MAPPED, "max_active": (num_experts + 1) // 2},
-        {**OEA_2, "k0": max(1, top_k // 2), "c": 0.6},
-        {**SERE_1, "c": 0.4},
+        {**OEA_2, "k0": max(1, top_k // 2), "compensation": 0.6},
+        {**SERE_1, "compensation": 0.4},
         {"kind": "rule", "k0": 0, "exponent": 0, "max_active": top_k + 1, "max_rank": top_k},
     )
     drawn = rng.integers(-1, len(specs), num_rows).tolist()

@@ -11,7 +11,7 @@ from pydantic import ValidationError, model_validator
 from pydantic.functional_validators import BeforeValidator
 
 from ..errors import PolicyError, shorten
-from .rule import Place, Rule, StrictModel
+from .rule import VANILLA, Place, Rule, StrictModel
 from .schedule import MAX_ROWS, Layers, PositiveCount, Schedule, format_layers
 
 PAD = -1
@@ -147,11 +147,14 @@ class Policy(StrictModel):
                 raise PolicyError(f"{where} has {shorten(step)}, expected 1 to {MAX_ROWS} rows")
         return steps
 
+    def in_force(self, place: Place) -> Rule:
+        """The rule at `place`: vanilla's where the policy does not act. Raises `PolicyError`."""
+        acts = self.engage.covers(place.layer, place.live_rows)
+        return self.rule_at(place) if acts else VANILLA
+
     def is_vanilla(self, place: Place) -> bool:
         """Whether rows stay bit for bit as the model routes them."""
-        return not self.engage.covers(place.layer, place.live_rows) or (
-            self.rule_at(place).is_vanilla(place.top_k)
-        )
+        return self.in_force(place).is_vanilla(place.top_k)
 
     @property
     def uses_similarity(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import environment
-from ..policies import PAD
+from ..artifacts import SimilarityArtifact
+from ..policies import PAD, Place, TorchPolicy
 from .definitions import Definition
 from .plan import Layer, Plan
 
@@ -21,7 +22,7 @@ class Recorder:
     """Appends every MoE call under a plan to ``calls-<pid>.jsonl``, one JSON object a line.
 
     It records while its folder exists, so that a test can choose what to record. Numbers are
-    exact: float32 survives the round trip through JSON.
+    exact: float32 survives the round trip through JSON. `testing.read_records` reads it.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Recorder:
         self._path = folder / f"calls-{os.getpid()}.jsonl"
         self._definitions = definitions
         self._layers = layers
+        self._written: set[tuple[str, int]] = set()
 
     @property
     def is_on(self) -> bool:
@@ -59,14 +61,17 @@ class Recorder:
             after: ids and weights that the call ends with, and the union.
         """
         ids = policy_ids.tolist()
-        if all(policy_id == PAD for policy_id in ids):
+        num_live = sum(policy_id != PAD for policy_id in ids)
+        if num_live == 0:
             return
+        rules = {i: self._rule(layer, self._definitions[i], num_live) for i in {*ids} - {PAD}}
         self._write(
             {
                 "layer": layer.layer_id,
                 "phase": plan.phase if plan else "GRAPH",
                 "requests": list(plan.request_ids) if plan else None,
                 "rows": [None if i == PAD else self._definitions[i].name for i in ids],
+                "rules": [rules.get(i) for i in ids],
                 "router_logits": _exact(router_logits),
                 "base_ids": before[0].tolist(),
                 "base_weights": _exact(before[1]),
@@ -76,6 +81,29 @@ class Recorder:
             }
         )
 
+    def _rule(self, layer: Layer, definition: Definition, num_live: int) -> dict[str, Any]:
+        """The numbers of a definition that differ from vanilla's, and the digest of its artifact.
+
+        From the policy itself, not from the table that the kernels read.
+        """
+        policy, artifact = definition.policy, definition.artifact
+        place = Place(layer.layer_id, num_live, layer.top_k, layer.num_experts)
+        rule = policy.in_force(place).model_dump(exclude_defaults=True)
+        if rule and isinstance(policy, TorchPolicy):
+            return {"torch": policy.kind}
+        if rule and artifact is not None:
+            rule["similarity"] = artifact.sha256
+            self._write_matrices(layer.layer_id, artifact)
+        return rule
+
+    def _write_matrices(self, layer: int, artifact: SimilarityArtifact) -> None:
+        if (artifact.sha256, layer) in self._written and self._path.exists():
+            return
+        parts = {"similarity": artifact.matrices, "coefficients": artifact.coefficients}
+        matrices = {name: _exact(part[layer]) for name, part in parts.items() if layer in part}
+        self._write({"layer": layer, "artifact": artifact.sha256, "matrices": matrices})
+        self._written.add((artifact.sha256, layer))
+
     def _write(self, entry: dict[str, Any]) -> None:
         is_new = not self._path.exists()
         with self._path.open("a") as file:
@@ -83,18 +111,8 @@ class Recorder:
                 routers = {layer.layer_id: _describe(layer) for layer in self._layers}
                 header = {"pid": os.getpid(), "layers": routers}
                 file.write(json.dumps(header) + "\n")
+                self._written.clear()
             file.write(json.dumps(entry) + "\n")
-
-
-def read_records(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Every recorded call under `folder`, with its process (``pid``) and router (``router``)."""
-    for path in sorted(Path(folder).glob("calls-*.jsonl")):
-        with path.open() as file:
-            header = json.loads(file.readline())
-            for line in file:
-                call = json.loads(line)
-                router = header["layers"][str(call["layer"])]
-                yield {**call, "pid": header["pid"], "router": router}
 
 
 def _describe(layer: Layer) -> dict[str, Any]:

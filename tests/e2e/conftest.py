@@ -16,14 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from sglang_moe_routing import demo, environment
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.runtime.recorder import read_records
 from sglang_moe_routing.serving.server import Server, running_server
+from sglang_moe_routing.testing import read_records
 
 HEADER = "X-MoE-Routing-Policy"
 
 CONFIG = f"""
 version: 1
-clients_may_choose: [oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3, vanilla]
+clients_may_choose: [oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3, budget-20,
+  xshare-24, lynx-24, mapped, vanilla]
 similarity:
   demo: {demo.CONFIG.with_name("similarity.safetensors")}
 policies:
@@ -34,31 +35,36 @@ policies:
   late: {{kind: oea, k0: {{default: 5, rows: {{6: 2}}}}, engage: {{min_rows: 4}}}}
   everywhere: {{kind: topk, k0: 2, engage: {{phase: all, layers: "0,2-3"}}}}
   same-as-oea-k3: {{kind: oea, k0: 3}}
+  budget-20: {{kind: budget, max_active: 20, compensation: 0.6}}
+  xshare-24: {{kind: xshare, max_active: 24}}
+  lynx-24: {{kind: lynx, max_active: 24, compensation: 0.5}}
+  mapped: {{kind: oea, k0: 2, mapped_share: 0.3}}
   private: {{kind: topk, k0: 1}}
 """
 
-ORACLE: dict[str, dict[str, Any]] = {
-    "vanilla": {"kind": "vanilla"},
-    "oea-k3": {"kind": "oea", "k0": 3},
-    "same-as-oea-k3": {"kind": "oea", "k0": 3},
-    "topk-k3": {"kind": "topk", "k0": 3},
-    "sere-s2": {"kind": "sere", "S": 2, "rho": 0.2},
+RULES: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "oea-k3": {"k0": 3},
+    "same-as-oea-k3": {"k0": 3},
+    "topk-k3": {"k0": 3, "k_max": 3},
+    "sere-s2": {"k0": 2, "threshold": 0.2},
+    "budget-20": {"k0": 0, "max_active": 20, "compensation": 0.6},
+    "xshare-24": {"k0": 1, "max_active": 24, "exponent": 1},
+    "lynx-24": {"k0": 0, "max_active": 24, "exponent": 0, "max_rank": 8, "compensation": 0.5},
+    "mapped": {"k0": 2, "mapped_share": 0.3},
 }
-"""Policies of CONFIG whose description depends on neither layer nor live rows."""
+"""Policies of CONFIG whose rule depends on neither layer nor live rows, as the papers have it."""
 
 
-def describe(name: str, layer: int, num_live: int) -> dict[str, Any]:
-    """What policy `name` of CONFIG is on `layer` with `num_live` live rows, for the oracle."""
+def rule_of(name: str, layer: int, num_live: int) -> dict[str, Any]:
+    """The rule of policy `name` of CONFIG on `layer` with `num_live` live rows."""
     if name == "oea-k2":
-        k0 = 4 if layer == 1 else 2
-        return {"kind": "oea", "k0": k0, "p": 0.9, "k_max": 6, "max_rank": 32}
+        return {"k0": 4 if layer == 1 else 2, "p": 0.9, "k_max": 6, "max_rank": 32}
     if name == "late":
-        if num_live < 4:
-            return {"kind": "vanilla"}
-        return {"kind": "oea", "k0": 2 if num_live >= 6 else 5}
+        return {} if num_live < 4 else {"k0": 2 if num_live >= 6 else 5}
     if name == "everywhere":
-        return {"kind": "vanilla"} if layer == 1 else {"kind": "topk", "k0": 2}
-    return ORACLE[name]
+        return {} if layer == 1 else {"k0": 2, "k_max": 2}
+    return RULES[name]
 
 
 @dataclass

@@ -17,7 +17,7 @@ import pytest
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import SimilarityArtifact, load_artifact, save_artifact
 from sglang_moe_routing.checkpoint import Fingerprint
-from tests.recorded import check_call
+from tests.recorded import check_recorded
 
 from .test_routing import generate_all
 
@@ -81,17 +81,16 @@ def test_policies_of_one_server_use_different_artifacts(
         return {layer: matrix.numpy() for layer, matrix in artifact.matrices.items()}
 
     routed, foreign = matrices("routed"), matrices("foreign")
-    policies: dict[str, dict[str, Any]] = {
-        "vanilla": {"kind": "vanilla"},
-        "routed-s1": {"kind": "sere", "S": 1, "rho": -1000, "similarity": routed},
-        "routed-s2": {"kind": "sere", "S": 2, "rho": 0, "similarity": routed},
-        "foreign-s2": {"kind": "sere", "S": 2, "rho": 0.4, "similarity": foreign},
+    rules: dict[str, dict[str, Any]] = {
+        "vanilla": {},
+        "routed-s1": {"k0": 1, "threshold": -1000, "similarity": routed},
+        "routed-s2": {"k0": 2, "threshold": 0, "similarity": routed},
+        "foreign-s2": {"k0": 2, "threshold": 0.4, "similarity": foreign},
     }
     with start(folder / "routing.yaml") as running:
-        calls = running.record(lambda: generate_all(running.url, [*policies] * 4))
+        calls = running.record(lambda: generate_all(running.url, [*rules] * 4))
         log = running.server.log.read_text()
-    assert any(len(set(call["rows"])) == len(policies) for call in calls)
-    for call in calls:
-        check_call(call, policies)
+    assert any(len(set(call["rows"])) == len(rules) for call in calls)
+    check_recorded(calls, rules)
     assert "allowed by similarity.foreign.allow_other_weights" in log
     assert "tensors of other names, dtypes or shapes" in log

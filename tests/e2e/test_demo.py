@@ -157,7 +157,7 @@ def test_demo_shows_the_saving_and_checks_the_routing(command: Command) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout)
     policies = found["policies"]
-    assert set(policies) == {"vanilla", "topk-k3", "oea-k3", "sere-s3"}
+    assert set(policies) == {"vanilla", "topk-k3", "oea-k3", "sere-s3", "budget-24"}
     for numbers in policies.values():
         assert numbers["requests"] == 16
         assert numbers["tokens"] == 16 * 32
@@ -167,12 +167,13 @@ def test_demo_shows_the_saving_and_checks_the_routing(command: Command) -> None:
     oea, sere = policies["oea-k3"], policies["sere-s3"]
     assert oea["active_experts"] <= 0.75 * vanilla["active_experts"]
     assert sere["active_experts"] <= 1.05 * oea["active_experts"]
+    assert policies["budget-24"]["active_experts"] == 24
     mixed = found["mixed"]
-    assert mixed["vanilla_identical"] is True
-    assert mixed["violations"] == []
-    assert mixed["repeated_experts"] == 0
-    assert mixed["rows_checked"] == 4 * (mixed["tokens"] - 16)  # prefill gives the first token
-    assert mixed["vanilla_rows_checked"] == mixed["rows_checked"] / 4
+    assert mixed["problem"] is None
+    steps = 31 * 4  # prefill gives the first of 32 tokens; 4 layers
+    assert mixed["rows_checked"] == {
+        name: answered["requests"] * steps for name, answered in mixed["policies"].items()
+    }
     assert set(mixed["policies"]) == set(policies)
 
 

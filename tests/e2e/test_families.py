@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sglang_moe_routing import environment
 from sglang_moe_routing.artifacts import load_artifact
 from sglang_moe_routing.serving.server import running_server
-from tests.recorded import check_call
+from tests.recorded import check_recorded
 
 from .conftest import Running
 
@@ -36,12 +36,12 @@ policies:
   sere-s1: {kind: sere, num_primary: 1, threshold: 0.6}
 """
 
-ORACLE: dict[str, dict[str, Any]] = {
-    "vanilla": {"kind": "vanilla"},
-    "oea-k1": {"kind": "oea", "k0": 1},
-    "oea-p": {"kind": "oea", "k0": 2, "p": 0.3, "k_max": 2},
-    "topk-k1": {"kind": "topk", "k0": 1},
-    "sere-s1": {"kind": "sere", "S": 1, "rho": 0.6},
+RULES: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "oea-k1": {"k0": 1},
+    "oea-p": {"k0": 2, "p": 0.3, "k_max": 2},
+    "topk-k1": {"k0": 1, "k_max": 1},
+    "sere-s1": {"k0": 1, "threshold": 0.6},
 }
 
 NUM_TOKENS = 12
@@ -155,7 +155,7 @@ def family(
 
 
 def test_mixed_policies_obey_the_oracle_on_every_family(family: Family) -> None:
-    policies = [*ORACLE, "vanilla"]
+    policies = [*RULES, "vanilla"]
     answers: list[dict[str, Any]] = []
     calls = family.server.record(lambda: answers.extend(family.generate(policies)))
     for policy, answer in zip(policies, answers, strict=True):
@@ -163,15 +163,11 @@ def test_mixed_policies_obey_the_oracle_on_every_family(family: Family) -> None:
         assert info["moe_routing_policy"] == policy
         assert info["completion_tokens"] == NUM_TOKENS
 
-    rows: Counter[str] = Counter()
-    rerouted: Counter[str] = Counter()
-    for call in calls:
-        check_call(call, ORACLE, family.similarity)
-        rows.update(call["rows"])
-        rerouted.update(rerouted_rows(call))
+    rows = check_recorded(calls, RULES, family.similarity)
+    rerouted = Counter(name for call in calls for name in rerouted_rows(call))
     assert tuple(sorted({call["layer"] for call in calls})) == family.expected.layers
     num_rows = (NUM_TOKENS - 1) * len(family.expected.layers)  # prefill gives the first token
-    assert all(rows[name] == num_rows for name in ORACLE if name != "vanilla")
+    assert all(rows[name] == num_rows for name in RULES if name != "vanilla")
     assert rows["vanilla"] == 2 * num_rows
     assert rerouted["vanilla"] == 0
     assert rerouted["topk-k1"] == num_rows
@@ -189,8 +185,7 @@ def rerouted_rows(call: dict[str, Any]) -> list[str]:
 def test_alone_in_a_batch_a_policy_reroutes(family: Family, policy: str) -> None:
     """Without other rows there is next to nothing to piggyback on or to keep."""
     calls = family.server.record(lambda: family.generate([policy]))
-    for call in calls:
-        check_call(call, ORACLE, family.similarity)
+    check_recorded(calls, RULES, family.similarity)
     rerouted = sum(bool(rerouted_rows(call)) for call in calls)
     assert rerouted == len(calls) if policy == "oea-k1" else rerouted > 0
 
@@ -231,8 +226,7 @@ def test_rows_follow_the_bias_of_an_update(family: Family, tmp_path: Path) -> No
     finally:
         update(family.model)
     assert calls[0]["router"]["bias"] == old[::-1]
-    for call in calls:
-        check_call(call, ORACLE, family.similarity)
+    check_recorded(calls, RULES, family.similarity)
 
 
 def test_vanilla_beside_others_generates_what_transformers_does(family: Family) -> None:

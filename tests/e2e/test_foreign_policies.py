@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from sglang_moe_routing.kernels import choose
+from sglang_moe_routing.testing.oracle import FREE
 from tests import examples
-from tests.oracles import FREE
 from tests.unit.test_example import ALLOWED, PRICE, REMEDY, TORCH
 
 from .conftest import Running

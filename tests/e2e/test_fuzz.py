@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, seed, settings
 from hypothesis import strategies as st
 
-from .conftest import HEADER, ORACLE, Running
+from .conftest import HEADER, RULES, Running
 from .test_faults import policy_header, send
 from .test_requests import AVAILABLE, ENDPOINTS
 
@@ -40,7 +40,7 @@ values = st.recursive(
     max_leaves=6,
 )
 names = st.one_of(
-    st.sampled_from([*ORACLE, "late", "everywhere", "private", "unknown", "OEA-K3", ""]),
+    st.sampled_from([*RULES, "late", "everywhere", "private", "unknown", "OEA-K3", ""]),
     st.text(max_size=70),
 )
 header_values = st.one_of(

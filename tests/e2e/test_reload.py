@@ -19,9 +19,9 @@ import pytest
 
 from sglang_moe_routing import demo
 from sglang_moe_routing.artifacts import load_artifact
-from sglang_moe_routing.runtime.recorder import read_records
 from sglang_moe_routing.serving.server import free_port
-from tests.recorded import check_call
+from sglang_moe_routing.testing import read_records
+from tests.recorded import check_recorded
 
 from .conftest import HEADER, Running
 from .test_metrics import TOP_K, settled
@@ -29,7 +29,6 @@ from .test_metrics import TOP_K, settled
 ADMIN = {"Authorization": "Bearer admin-key"}
 KEY = ("--admin-api-key", "admin-key")
 SIMILARITY = demo.CONFIG.with_name("similarity.safetensors")
-OEA = {"kind": "oea", "p": 1.0, "k_max": None, "max_rank": None}
 
 
 def text(policies: str, more: str = "") -> str:
@@ -89,8 +88,7 @@ def _first_config(request: pytest.FixtureRequest) -> None:
 
 def check_k0(calls: list[dict[str, Any]], name: str, k0: int) -> None:
     assert calls
-    for call in calls:
-        check_call(call, {name: {**OEA, "k0": k0}})
+    check_recorded(calls, {name: {"k0": k0}})
 
 
 def test_new_definition_is_in_force(server: Reloading) -> None:
@@ -112,18 +110,15 @@ def test_numbers_of_live_rows_may_change_again_and_again(server: Reloading) -> N
         answer = server.reload(text(f"fast: {{kind: oea, k0: 3}}, {OTHER.format(min_rows)}"))
         assert answer.status_code == 200, answer.text
     calls = server.running.record(lambda: server.generate("other"))
-    for call in calls:
-        check_call(call, {"other": {"kind": "vanilla"}})
+    check_recorded(calls, {"other": {}})
 
 
 def test_artifact_may_come_with_a_reload(server: Reloading) -> None:
     answer = server.reload(text("similar: {kind: sere, num_primary: 2, threshold: 0.2}"))
     assert answer.status_code == 200, answer.text
     calls = server.running.record(lambda: server.generate("similar"))
-    policy = {"kind": "sere", "S": 2, "rho": 0.2}
-    matrices = load_artifact(SIMILARITY).matrices
-    for call in calls:
-        check_call(call, {"similar": policy}, {n: m.float().numpy() for n, m in matrices.items()})
+    matrices = {n: m.float().numpy() for n, m in load_artifact(SIMILARITY).matrices.items()}
+    check_recorded(calls, {"similar": {"k0": 2, "threshold": 0.2}}, matrices)
 
 
 INVALID = {
@@ -198,7 +193,7 @@ def test_running_request_keeps_its_definition(server: Reloading) -> None:
             assert call["requests"][0] == "old"
         for place, name in zip(live, ("before", "after"), strict=False):
             call["rows"][place] = name
-        check_call(call, {"before": {**OEA, "k0": 3}, "after": {**OEA, "k0": 6}})
+        check_recorded([call], {"before": {"k0": 3}, "after": {"k0": 6}})
         together += set(call["rows"]) >= {"before", "after"}
     assert together >= 4, "both definitions were never in one batch"
 
@@ -331,8 +326,7 @@ def test_other_weights_are_refused_while_a_policy_leans_on_an_artifact(
     assert texts(server) == before
     calls = server.running.record(lambda: server.generate("similar"))
     matrices = {n: m.float().numpy() for n, m in load_artifact(SIMILARITY).matrices.items()}
-    for call in calls:
-        check_call(call, {"similar": {"kind": "sere", "S": 2, "rho": 0.2}}, matrices)
+    check_recorded(calls, {"similar": {"k0": 2, "threshold": 0.2}}, matrices)
 
 
 def test_an_idle_server_takes_other_weights_once_a_reload_has_taken_the_policy_out(

@@ -15,7 +15,10 @@ from tests.endpoints import MESSAGES, OTHER_MODELS
 
 from .conftest import HEADER, Running
 
-AVAILABLE = "vanilla, oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3"
+AVAILABLE = (
+    "vanilla, oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3, budget-20, "
+    "xshare-24, lynx-24, mapped"
+)
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from sglang_moe_routing import demo, environment
-from tests import oracles
-from tests.recorded import check_call
+from sglang_moe_routing.testing import oracle
+from tests.recorded import check_recorded
 
-from .conftest import HEADER, Running, describe
+from .conftest import HEADER, Running, rule_of
 
 POLICIES = ("vanilla", "oea-k3", "oea-k2", "topk-k3", "sere-s2", "late")
+EVERY_KIND = (*POLICIES, "budget-20", "xshare-24", "lynx-24", "mapped")
 
 
 def generate_all(
@@ -49,16 +50,11 @@ def generate_all(
 
 def check_all(calls: list[dict[str, Any]], similarity: dict[int, np.ndarray]) -> Counter[str]:
     """Hold every call to the oracle; how many rows of each policy there were."""
-    rows: Counter[str] = Counter()
     for call in calls:
-        num_live = sum(name is not None for name in call["rows"])
-        policies = {n: describe(n, call["layer"], num_live) for n in set(call["rows"]) if n}
-        check_call(call, policies, similarity)
-        rows.update(name for name in call["rows"] if name)
         if call["requests"]:
             for rid, name in zip(call["requests"], call["rows"], strict=True):
                 assert name in ("vanilla", rid_policy(rid)), (rid, name)
-    return rows
+    return check_recorded(calls, rule_of, similarity)
 
 
 def rid_policy(rid: str) -> str:
@@ -67,18 +63,18 @@ def rid_policy(rid: str) -> str:
 
 def distinct(ids: list[list[int]], rows: list[str | None]) -> int:
     held = {e for row, name in zip(ids, rows, strict=True) if name for e in row}
-    return len(held - {oracles.FREE})
+    return len(held - {oracle.FREE})
 
 
 def test_mixed_policies_share_batches_and_obey_the_oracle(
     served: Running, similarity: dict[int, np.ndarray]
 ) -> None:
-    calls = served.record(lambda: generate_all(served.url, POLICIES * 3))
+    calls = served.record(lambda: generate_all(served.url, EVERY_KIND * 2))
     rows = check_all(calls, similarity)
-    assert set(rows) == set(POLICIES)
-    assert all(rows[name] >= 3 * 11 * 4 for name in POLICIES)  # requests x decode steps x layers
-    assert max(len(call["rows"]) for call in calls) == 18
-    assert any(len(set(call["rows"])) == len(POLICIES) for call in calls)
+    assert set(rows) == set(EVERY_KIND)
+    assert all(rows[name] >= 2 * 11 * 4 for name in EVERY_KIND)  # requests x decode steps x layers
+    assert max(len(call["rows"]) for call in calls) == 20
+    assert any(len(set(call["rows"])) == len(EVERY_KIND) for call in calls)
     assert {call["phase"] for call in calls} == {"DECODE"}
 
 
@@ -99,7 +95,7 @@ def num_moved(call: dict[str, Any]) -> int:
 
 def num_critical(call: dict[str, Any]) -> int:
     """Active experts outside the union."""
-    active = {e for final in call["final_ids"] for e in final} - {oracles.FREE}
+    active = {e for final in call["final_ids"] for e in final} - {oracle.FREE}
     return len(active - set(call["union"]))
 
 
@@ -143,8 +139,8 @@ def test_without_kernels_and_compiler_the_reference_serves_and_says_why(
         reason = "no C++ compiler 'no-such-compiler' on PATH"
         assert read_statistics(running)["kernels"] == f"torch reference: {reason}"
         assert read_statistics(running)["experts"] == "torch"
-        calls = running.record(lambda: generate_all(running.url, POLICIES * 3))
-        assert set(check_all(calls, similarity)) == set(POLICIES)
+        calls = running.record(lambda: generate_all(running.url, EVERY_KIND * 2))
+        assert set(check_all(calls, similarity)) == set(EVERY_KIND)
         check_statistics(running)
 
 
@@ -324,7 +320,7 @@ def test_graph_padding_adds_no_expert(graphed: Running, similarity: dict[int, np
     assert {len(call["rows"]) for call in calls} <= {1, 2, 4, 8, 16}
     for call in padded:
         padding = [row for row, n in zip(call["final_ids"], call["rows"], strict=True) if not n]
-        assert {e for row in padding for e in row} == {oracles.FREE}
+        assert {e for row in padding for e in row} == {oracle.FREE}
 
 
 def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
@@ -334,7 +330,7 @@ def test_padding_is_neutral_for_an_all_vanilla_batch(graphed: Running) -> None:
     for call in padded:
         assert call["final_ids"][:5] == call["base_ids"][:5]
         assert call["final_weights"][:5] == call["base_weights"][:5]
-        assert {e for row in call["final_ids"][5:] for e in row} == {oracles.FREE}
+        assert {e for row in call["final_ids"][5:] for e in row} == {oracle.FREE}
         assert {w for row in call["final_weights"][5:] for w in row} == {0.0}
 
 

@@ -67,7 +67,8 @@ def test_a_short_soak_finds_nothing_wrong(soaked: dict[str, Any]) -> None:
 
 
 def test_a_short_soak_covers_policies_endpoints_and_retraction(soaked: dict[str, Any]) -> None:
-    assert set(total(soaked, "policies")) == {"vanilla", "topk-k3", "oea-k3", "sere-s3"}
+    expected = {"vanilla", "topk-k3", "oea-k3", "sere-s3", "budget-24"}
+    assert set(total(soaked, "policies")) == expected
     assert set(total(soaked, "named_by")) == {"header", "body", "alias", "none"}
     assert set(total(soaked, "endpoints")) == set(asks.PATHS)
     assert sum(phase["retractions"] for phase in soaked["phases"]) > 0

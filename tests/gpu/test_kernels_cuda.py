@@ -66,7 +66,7 @@ def specs_of(num_live: int) -> tuple[Spec, ...]:
         {"kind": "vanilla"},
         {"kind": "topk", "k0": 3},
         {**OEA_2, "k0": 3 if num_live < 4 else 2},
-        {**SERE_1, "S": 2},
+        {**SERE_1, "num_primary": 2},
         OEA_2,
         {**BUDGET_5, "max_active": 40},
         {**BUDGET_5, "max_active": 36, "k0": 1, "utility": "gate"},

@@ -290,10 +290,10 @@ SPECS: tuple[Spec, ...] = (
     {**OEA_2, "k0": 1, "max_rank": 8},
     {**OEA_2, "k0": 1, "k_max": 3},
     {**OEA_2, "k0": 4, "p": 0.35},
-    {**SERE_1, "rho": 1.0},
-    {**SERE_1, "rho": -1.0, "c": 0.5},
-    {**SERE_1, "rho": -1.0, "artifact": "a"},
-    {**OEA_2, "k0": 1, "c": 0.5},
+    {**SERE_1, "threshold": 1.0},
+    {**SERE_1, "threshold": -1.0, "compensation": 0.5},
+    {**SERE_1, "threshold": -1.0, "artifact": "a"},
+    {**OEA_2, "k0": 1, "compensation": 0.5},
 )
 
 
@@ -345,7 +345,7 @@ def tied(num_rows: int) -> Case:
 
 def merging(num_rows: int) -> Case:
     """Rows whose slots all move to what few neighbours load, so that many end on one expert."""
-    specs: tuple[Spec, ...] = ({**SERE_1, "rho": -1.0}, {"kind": "topk", "k0": 1})
+    specs: tuple[Spec, ...] = ({**SERE_1, "threshold": -1.0}, {"kind": "topk", "k0": 1})
     case = varied_case((num_rows, N, K), 0)
     return replace(case, specs=specs, row_specs=tuple(int(b % 5 == 0) for b in range(num_rows)))
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sglang_moe_routing.policies import FREE, Budget, Router, build_table
-from tests import oracles
+from sglang_moe_routing.testing import oracle
 from tests.cases import (
     BUDGET_5,
     FLOATS,
@@ -123,8 +123,8 @@ def has_close_masses(case: Case) -> bool:
         spec = case.spec(row)
         if spec is None or spec.get("p", 1.0) >= 1.0:
             continue
-        base = oracles.rank_order(case.scores[row].tolist(), case.topk_ids[row].tolist())
-        shares = oracles.mass_prefixes(case.gates[row].tolist(), base[: case.top_k])
+        base = oracle.rank_order(case.scores[row].tolist(), case.topk_ids[row].tolist())
+        shares = oracle.mass_prefixes(case.gates[row].tolist(), base[: case.top_k])
         if any(abs(share - spec["p"]) < MASS_MARGIN for share in shares):
             return True
     return False
@@ -375,7 +375,7 @@ def test_plain_routers_give_what_the_oracle_gives(
     logits = np.random.default_rng(values).normal(0, 2, (6, 60)).astype(np.float32)
     router = Router(scoring=scoring, renormalize=renormalize, scale=1.5)
     options: dict[str, Any] = {"scoring": scoring, "renormalize": renormalize, "scale": 1.5}
-    chosen = oracles.router(logits, 8, **options)
+    chosen = oracle.router(logits, 8, **options)
     ids = torch.from_numpy(chosen.ids).int()
     model = Model(torch.from_numpy(logits), router, ids, torch.from_numpy(chosen.weights).float())
     case = as_case(model, SPECS, tuple(range(6)))
@@ -453,7 +453,7 @@ def exact_gates(logits: np.ndarray, scoring: str) -> np.ndarray:
         gates = np.where(logits < 0, np.exp(logits), 1) / (1 + np.exp(-abs(logits)))
     else:
         gates = np.sqrt(np.maximum(logits, 0) + np.log1p(np.exp(-abs(logits))))
-    return np.where(logits < oracles.FAINTEST, 0.0, gates)
+    return np.where(logits < oracle.FAINTEST, 0.0, gates)
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)

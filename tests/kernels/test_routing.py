@@ -26,7 +26,7 @@ from sglang_moe_routing.policies import (
     build_table,
 )
 from sglang_moe_routing.policies.schedule import CountSchedule
-from tests import oracles
+from sglang_moe_routing.testing import oracle
 from tests.cases import (
     BUDGET_5,
     FLOATS,
@@ -47,6 +47,7 @@ from tests.cases import (
     keep_off_close_demands,
     keep_off_thresholds,
     make_scores,
+    numbers_of,
     policy_ids,
     table_of,
     to_policy,
@@ -86,7 +87,7 @@ seeds = st.integers(0, 2**31 - 1)
 free_slot_ids = st.sampled_from(FreeSlots)
 
 
-def statistics_of(case: Case, expected: oracles.Routed) -> list[int]:
+def statistics_of(case: Case, expected: oracle.Routed) -> list[int]:
     """Calls, rows, active, active_base, moved slots, critical, from the oracle's answer."""
     base, final = case.topk_ids.tolist(), expected.ids.tolist()
     moved = [j for b in case.live for j in base[b] if j not in final[b]]
@@ -194,7 +195,7 @@ class Plan:
         name = COUNT_NAMES.get(spec["kind"])
         if not reached or name is None:
             return spec
-        return {**spec, name[0]: self.counts[max(reached)]}
+        return {**spec, name: self.counts[max(reached)]}
 
     def policy(self, spec: Spec) -> Policy:
         policy = to_policy(spec)
@@ -203,12 +204,12 @@ class Plan:
         }
         name = COUNT_NAMES.get(spec["kind"])
         if name is not None:
-            changes[name[1]] = CountSchedule(default=spec[name[0]], rows=self.counts)
+            changes[name] = CountSchedule(default=spec[name], rows=self.counts)
         return policy.model_copy(update=changes)
 
 
-COUNT_NAMES = {"topk": ("k0", "k0"), "oea": ("k0", "k0"), "sere": ("S", "num_primary")}
-"""The number that a schedule changes: in the oracle's dict, in the package's policy."""
+COUNT_NAMES = {"topk": "k0", "oea": "k0", "sere": "num_primary"}
+"""The number that a schedule changes."""
 
 
 @st.composite
@@ -364,7 +365,7 @@ def test_ids_out_of_range_or_repeated_are_handled_as_by_the_reference(
     assert_agrees(got, ask_reference(call))
     for row, ids in enumerate(got.topk_ids.tolist()):
         spec = bad.spec(row)
-        if spec is not None and not oracles.keeps_base(spec, bad.top_k):
+        if spec is not None and not oracle.keeps_base(numbers_of(spec), bad.top_k):
             weights = got.topk_weights[row].tolist()
             assert_distinct_experts(ids, weights, bad.num_experts, free_slots)
 
@@ -442,7 +443,7 @@ def test_keeping_all_k_experts_is_vanilla(compiled: Implementation, case: Case, 
     full: dict[str, Spec] = {
         "topk": {"kind": "topk", "k0": k},
         "oea": {**OEA_2, "k0": k},
-        "sere": {**SERE_1, "S": k, "rho": -1.0},
+        "sere": {**SERE_1, "num_primary": k, "threshold": -1.0},
         "budget": {**BUDGET_5, **MAPPED, "max_active": 1, "k0": k},
     }
     rows = tuple(None if i is None else 0 for i in case.row_specs)
@@ -483,7 +484,7 @@ def test_merged_slots_keep_the_sum_of_a_row(
     implementation: Implementation, case: Case, seed: int
 ) -> None:
     """A row under sere weighs what it came with, however many of its slots end on one expert."""
-    case = with_every(case, c=1.0)
+    case = with_every(case, compensation=1.0)
     got = implementation(call_of(case, seed=seed))
     rows = [b for b in case.live if case.specs[case.row_specs[b] or 0]["kind"] == "sere"]
     before, after = (x[rows].sum(dim=1) for x in (case.topk_weights, got.topk_weights))
@@ -574,7 +575,10 @@ def test_one_live_row_under_oea_is_pruned_as_by_topk(
         "k_max": None if k_max is None else min(k_max, case.top_k),
         "max_rank": min(max_rank, case.num_experts),
     }
-    oea = tuple({**OEA_2, "k0": spec["k0"], "c": spec["c"], **limits} for spec in case.specs)
+    oea = tuple(
+        {**OEA_2, "k0": spec["k0"], "compensation": spec["compensation"], **limits}
+        for spec in case.specs
+    )
     alone = replace(case, row_specs=rows)
     assert_same(compiled(call_of(replace(alone, specs=oea))), compiled(call_of(alone)))
 
@@ -587,7 +591,9 @@ def test_rows_of_nan_keep_their_base(implementation: Implementation, spec: Spec)
     """A row whose every score and gate is NaN leaves as it came, and no slot of it has moved."""
     case = replace(varied_case((2, 9, 3), seed=1), specs=(spec,), row_specs=(0, 0))
     if spec["kind"] == "sere":
-        case = replace(case, specs=({**spec, "rho": 1.5},))  # it moves slots, not for their gates
+        case = replace(
+            case, specs=({**spec, "threshold": 1.5},)
+        )  # it moves slots, not for their gates
     case = replace(
         case,
         scores=torch.full_like(case.scores, torch.nan),
@@ -714,7 +720,7 @@ def test_rows_weigh_what_they_kept_and_a_share_of_what_they_lost(
         spec, final = case.spec(b) or {}, set(got.topk_ids[b].tolist())
         base = case.topk_ids[b].tolist()
         lost = sum(case.gates[b, j].item() for j in base if j not in final)
-        share = 1 if spec["c"] is None else spec["c"]
+        share = 1 if spec["compensation"] is None else spec["compensation"]
         given_up = (1 - share) * lost / case.gates[b, base].double().sum()
         target = 1 - given_up * (1 - spec.get("mapped_share", 0.0))
         total = case.topk_weights[b].double().sum()
@@ -730,7 +736,9 @@ def test_full_compensation_is_what_the_papers_do(
 ) -> None:
     """Where the model normalises, c = 1 is its own weights, to two units in the last place."""
     case = replace(case, renormalize=True)
-    plain, full = (implementation(call_of(with_every(case, c=c), seed=seed)) for c in (None, 1.0))
+    plain, full = (
+        implementation(call_of(with_every(case, compensation=c), seed=seed)) for c in (None, 1.0)
+    )
     assert torch.equal(full.topk_ids, plain.topk_ids)
     torch.testing.assert_close(full.topk_weights, plain.topk_weights, rtol=2 * 2.0**-23, atol=0.0)
 
@@ -741,11 +749,11 @@ def test_a_row_whose_choice_is_loaded_stays_as_it_is(
     implementation: Implementation, case: Case, compensation: float | None, seed: int
 ) -> None:
     """Bit for bit, in the engine's order of columns, unless its policy cuts it."""
-    case = keep_off_thresholds(with_every(case, c=compensation))
+    case = keep_off_thresholds(with_every(case, compensation=compensation))
     got = implementation(call_of(case, seed=seed))
     for b in case.live:
-        numbers = oracles.numbers_of(case.spec(b) or {})
-        is_cut = numbers["rho"] is None and (
+        numbers = numbers_of(case.spec(b) or {"kind": "vanilla"})
+        is_cut = numbers["threshold"] is None and (
             min(numbers["k_max"], numbers["max_rank"]) < case.top_k
         )
         if got.union[case.topk_ids[b]].all() and not is_cut:

@@ -26,6 +26,7 @@ from sglang_moe_routing.policies import (
     builtin_registry,
     reroute,
 )
+from sglang_moe_routing.testing import Checked, check_calls, check_policy, read_records
 
 
 class Doubling(Mapped):
@@ -93,3 +94,10 @@ def of_calls(scores: Tensor, ids: Tensor, weights: Tensor, plan: Tensor, layer: 
     assert_type(done.topk_ids, Tensor)
     assert_type(refine(scores, ids, weights, plan, table, router), tuple[Tensor, Tensor, Tensor])
     layer.reroute(scores, ids, weights, plan, router.bias, 0)
+
+
+def of_checks(folder: Path) -> None:
+    check_policy(Doubling(share=0.1))
+    checked = check_calls(read_records(folder))
+    assert_type(checked, Checked)
+    assert_type(checked.num_calls, int)

@@ -31,7 +31,8 @@ RUNNER = CliRunner()
 def test_validate_accepts_the_demo_config_with_its_artifact() -> None:
     result = RUNNER.invoke(app, ["validate", str(demo.CONFIG), "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["policies"] == ["vanilla", "topk-k3", "oea-k3", "sere-s3"]
+    expected = ["vanilla", "topk-k3", "oea-k3", "sere-s3", "budget-24"]
+    assert json.loads(result.stdout)["policies"] == expected
 
 
 def test_validate_lists_problems(tmp_path: Path) -> None:

@@ -75,12 +75,24 @@ def check(env: dict[str, str], config: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("language", "name"),
-    [("python", "my_policies.py"), ("toml", "pyproject.toml"), ("yaml", "routing.yaml")],
+    [
+        ("python", "my_policies.py"),
+        ("python", "test_my_policies.py"),
+        ("toml", "pyproject.toml"),
+        ("yaml", "routing.yaml"),
+    ],
 )
 def test_the_page_shows_the_files_of_the_example(language: str, name: str) -> None:
     text = (examples.EXAMPLE / name).read_text()
     assert text in examples.blocks(language)
     assert len(text.splitlines()) <= 25
+
+
+def test_the_installed_example_passes_its_own_tests(installed: dict[str, str]) -> None:
+    tests = examples.EXAMPLE / "test_my_policies.py"
+    done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
 
 
 def test_the_installed_example_is_listed_with_its_docstring(installed: dict[str, str]) -> None:

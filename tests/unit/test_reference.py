@@ -24,7 +24,7 @@ from sglang_moe_routing.policies import (
     Rerouted,
     reroute,
 )
-from tests import oracles
+from sglang_moe_routing.testing import oracle
 from tests.cases import (
     BUDGET_5,
     MAPPED,
@@ -39,6 +39,7 @@ from tests.cases import (
     assert_same_bits,
     cases,
     make_scores,
+    numbers_of,
     policy_ids,
     small_case,
     table_of,
@@ -191,7 +192,7 @@ def test_keeping_all_k_experts_is_vanilla(case: Case, kind: str) -> None:
     full: dict[str, Spec] = {
         "topk": {"kind": "topk", "k0": k},
         "oea": {**OEA_2, "k0": k},
-        "sere": {**SERE_1, "S": k, "rho": -1.0},
+        "sere": {**SERE_1, "num_primary": k, "threshold": -1.0},
         "budget": {**BUDGET_5, **MAPPED, "max_active": 1, "k0": k},
     }
     specs = (full[kind],)
@@ -281,7 +282,7 @@ def test_one_live_row_under_oea_is_pruned_as_by_topk(
         {
             **OEA_2,
             "k0": spec["k0"],
-            "c": spec["c"],
+            "compensation": spec["compensation"],
             "k_max": None if k_max is None else min(k_max, case.top_k),
             "max_rank": min(max_rank, case.num_experts),
         }
@@ -355,7 +356,7 @@ def test_rerouted_rows_hold_valid_ids_whatever_comes_in(case: Case, seed: int) -
     got = run(bad)
     for row in case.live:
         spec = case.spec(row)
-        if spec is None or oracles.keeps_base(spec, case.top_k):
+        if spec is None or oracle.keeps_base(numbers_of(spec), case.top_k):
             assert torch.equal(got.topk_ids[row], bad.topk_ids[row])
         else:
             ids, weights = got.topk_ids[row].tolist(), got.topk_weights[row].tolist()
@@ -451,7 +452,7 @@ def test_an_expert_at_the_threshold_is_rerouted_and_below_it_stays(rho: float, s
     """Sim >= rho re-routes, Sim < rho makes the slot's own expert critical."""
     sim = torch.eye(5)
     sim[3] = torch.tensor([0.25, 0.25, -1.0, 1.0, 1.0])
-    sere = {"kind": "sere", "S": 1, "rho": rho, "artifact": "a"}
+    sere = {"kind": "sere", "num_primary": 1, "threshold": rho, "artifact": "a"}
     case = worked(
         ({"kind": "vanilla"}, sere),
         [[9.0, 0.0, 8.0, 0.0, 0.0], [0.0, 9.0, 0.0, 8.0, 0.0]],
@@ -509,7 +510,7 @@ def test_critical_experts_do_not_join_the_active_set() -> None:
     """One row's critical expert is no target for another row's slot."""
     sim = torch.full((5, 5), -1.0)
     sim[4, 3] = 1.0  # 3 stands in for 4 perfectly, but only row 0 runs 3, as a critical expert
-    sere = {"kind": "sere", "S": 1, "rho": 0.0, "artifact": "a"}
+    sere = {"kind": "sere", "num_primary": 1, "threshold": 0.0, "artifact": "a"}
     case = worked(
         (sere, sere),
         [[9.0, 0.0, 0.0, 8.0, 0.0], [9.0, 0.0, 0.0, 0.0, 8.0]],

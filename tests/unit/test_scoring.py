@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sglang_moe_routing.policies import FREE, OEA, Router, Vanilla, build_table, reroute
-from tests import oracles
+from sglang_moe_routing.testing import oracle
 
 thorough = settings(max_examples=200, deadline=None, database=None)
 
@@ -25,7 +25,7 @@ def assert_close(gates: Tensor, expected: Tensor) -> None:
 def ranking(scores: Tensor) -> list[list[int]]:
     """All experts of every row, by falling score, ties to the lower id, NaN last."""
     everyone = list(range(scores.shape[1]))
-    return [oracles.in_rank_order(everyone, row) for row in scores.tolist()]
+    return [oracle.in_rank_order(everyone, row) for row in scores.tolist()]
 
 
 @st.composite
@@ -88,7 +88,7 @@ def router_of(call: dict[str, Any]) -> Router:
 
 def check(call: dict[str, Any]) -> None:
     """Scores rank every expert as the oracle's do; gates of those allowed are the oracle's."""
-    expected = oracles.router(**call)
+    expected = oracle.router(**call)
     logits = torch.from_numpy(call["logits"])
     before = logits.clone()
     scores, gates = router_of(call).score(logits)
