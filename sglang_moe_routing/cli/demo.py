@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,7 +150,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     for answer in mixed.answers:
         by_policy.setdefault(answer.job.policy, []).append(answer)
     return {
-        "sglang": environment.SGLANG_VERSION,
+        "sglang": version("sglang"),
         "device": _device(),
         "model": "demo",
         "policies": {name: _load_as_json(load) for name, load in outcome.loads.items()},

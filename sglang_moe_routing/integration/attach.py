@@ -14,13 +14,14 @@ from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.hash_topk import HashTopK
-from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
+from sglang.srt.layers.moe.topk import TopK
 
 from .. import environment
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import find_checkpoint, layers_without_experts, read_headers
 from ..config import LoadedConfig, check_policies, check_torch_policies
 from ..cpu.experts import RUNNER
+from ..engine import compat
 from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
 from ..kernels import CHOICE, REFERENCE, Implementation, beyond_limits, choose, written_in_torch
 from ..policies import Capacity, PolicyTable, Router, Sizes, build_table, with_capacity
@@ -156,7 +157,7 @@ def _by_layer(modules: Mapping[str, Module]) -> dict[int, Module]:
 def _sizes(topk: TopK, experts: FusedMoE) -> Sizes:
     config = topk.topk_config
     return Sizes(
-        top_k=int(config.top_k - config.num_shared_topk_slots),
+        top_k=int(config.top_k - compat.num_shared_slots(config)),
         num_experts=int(experts.num_experts - experts.num_fused_shared_experts),
     )
 
@@ -239,10 +240,10 @@ def _make_layer(
 ) -> Layer:
     config = topk.topk_config
     where = f"layer {topk.layer_id}"
-    if config.output_format not in (None, TopKOutputFormat.STANDARD):
+    if not compat.is_standard(topk):
         raise EngineError(
-            f"{where}: MoE runner backend {config.runner_backend} routes inside its kernel; "
-            "add --moe-runner-backend triton"
+            f"{where}: MoE runner backend {compat.router_backend(config)} routes inside its "
+            "kernel; add --moe-runner-backend triton"
         )
     sizes = _sizes(topk, experts)
     top_k, num_experts = sizes.top_k, sizes.num_experts
@@ -307,7 +308,8 @@ KNOWN_ROUTER_SETTINGS = frozenset(
     {
         # read or refused where routers and layers are made
         *("top_k", "use_grouped_topk", "topk_group", "num_expert_group", "renormalize"),
-        *("shared_experts", "custom_routing_function", "correction_bias", "scoring_func"),
+        *("shared_experts", "num_fused_shared_experts"),
+        *("custom_routing_function", "correction_bias", "scoring_func"),
         *("routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
         *("output_format", "runner_backend", "fused_gate_packed_ids"),
         # other code for the same function of the logits
@@ -328,7 +330,7 @@ def make_router(config: Any, where: str) -> Router:
         EngineError: a kind of router whose scores we cannot recompute.
     """
     _refuse_unknown_settings(config, where)
-    backend = config.runner_backend
+    backend = compat.router_backend(config)
     problems = {
         "a custom routing function": config.custom_routing_function is not None,
         "packed expert ids": config.fused_gate_packed_ids,
@@ -337,6 +339,11 @@ def make_router(config: Any, where: str) -> Router:
             and backend.is_flashinfer_trtllm_routed()
             and not config.renormalize
             and not config.use_grouped_topk
+        ),
+        "a scale on weights that are not renormalised": (
+            config.apply_routed_scaling_factor_on_output
+            and not config.renormalize
+            and not compat.SCALES_PLAIN_WEIGHTS
         ),
         "softmax with a correction bias": (
             config.scoring_func == "softmax"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_renamed_symbol_stops_the_server(tmp_path: Path) -> None:
     assert status == 78
     message = own_message(output)
     assert "sglang.srt.layers.moe.topk._post_process_topk_ids not found" in message
-    assert "Reinstall sglang==0.5.23" in message
+    assert f"sglang=={version('sglang')}" in message
 
 
 def test_changed_signature_stops_the_server(tmp_path: Path) -> None:
@@ -101,7 +102,7 @@ def test_changed_signature_stops_the_server(tmp_path: Path) -> None:
         sabotage="sglang.srt.layers.moe.topk:_post_process_topk_ids = lambda topk_ids, extra: 0",
     )
     assert status == 78
-    assert "has parameters (topk_ids, extra), expected (topk_ids, topk_weights," in output
+    assert "has no parameter 'topk_weights' at place 1, which the hook reads" in output
 
 
 def test_removed_hook_stops_the_server(tmp_path: Path) -> None:
