@@ -1,14 +1,15 @@
 """SGLang's real decode graph runner on a CPU, with a backend that re-executes.
 
 Static buffers, bucket padding and capture order are SGLang's own. A replay runs the captured
-function again with all host state of this package blanked, so that only what a real graph could
-see - the static policy buffer - reaches the re-routing. For tests of the graph contract.
+function again, under `EmulatedGraphBackend.as_captured`, so that only what a real graph could see
+reaches it. For tests of the graph contract.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,12 @@ from sglang.srt.model_executor.runner import decode_cuda_graph_runner
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
 
-from .. import runtime
-
 
 class EmulatedGraphBackend(BaseCudaGraphBackend):  # type: ignore[misc]  # sglang is untyped
     """ "Captures" a forward by keeping it, "replays" by running it again."""
+
+    as_captured: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """Puts aside, during a replay, host state of others that no real graph could see."""
 
     def __init__(self, runner: Any, **kwargs: Any) -> None:
         self._forwards: dict[Any, Callable[[], Any]] = {}
@@ -47,13 +49,8 @@ class EmulatedGraphBackend(BaseCudaGraphBackend):  # type: ignore[misc]  # sglan
         yield
 
     def replay(self, shape_key: Any, forward_batch: Any, **kwargs: Any) -> Any:
-        state = runtime.current()
-        plan, capturing = state.plan, state.is_capturing
-        state.plan, state.is_capturing = None, True
-        try:
+        with self.as_captured():
             return self._forwards[shape_key]()
-        finally:
-            state.plan, state.is_capturing = plan, capturing
 
     def cleanup(self) -> None:
         self._forwards.clear()
@@ -85,7 +82,7 @@ class EmulatedDecodeGraphRunner(DecodeCudaGraphRunner):  # type: ignore[misc]  #
         return None
 
 
-def _graph_capture(stream: None) -> contextlib.AbstractContextManager[SimpleNamespace]:
+def _graph_capture(stream: None) -> AbstractContextManager[SimpleNamespace]:
     return contextlib.nullcontext(SimpleNamespace(stream=stream))
 
 

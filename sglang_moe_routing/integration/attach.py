@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,27 +18,27 @@ from sglang.srt.layers.moe.topk import TopK
 from .. import environment
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import find_checkpoint, layers_without_experts, read_headers
-from ..config import LoadedConfig, check_policies, check_torch_policies
+from ..config import LoadedConfig, RoutingConfig, check_policies, check_torch_policies
 from ..cpu.experts import RUNNER
 from ..engine import compat
-from ..errors import ArtifactError, CheckpointError, EngineError, KernelError
-from ..kernels import CHOICE, REFERENCE, Implementation, beyond_limits, choose, written_in_torch
-from ..policies import Capacity, PolicyTable, Router, Sizes, build_table, with_capacity
-from ..runtime import Runtime
-from ..runtime.definitions import Definition
-from ..runtime.plan import Layer
-from ..runtime.similarity import idle_thresholds
-from ..runtime.weights import ServedWeights, check_weights
+from ..errors import CheckpointError, EngineError, KernelError
+from ..kernels import CHOICE, Implementation, beyond_limits, choose
+from ..policies import Capacity, Sizes, with_capacity
+from ..runtime import Layer, Process, ServedModel, digests
+from ..runtime.definitions import make_table
+from ..runtime.similarity import check_artifacts, idle_thresholds
+from ..runtime.weights import ServedWeights
 from . import runners
 from .marks import LAYER
 from .refusals import replays_decode_steps
+from .routers import make_router
 
 Module = TypeVar("Module", TopK, FusedMoE)
 
 logger = logging.getLogger(__name__)
 
 
-def attach(runtime: Runtime, model_runner: Any) -> None:
+def attach(process: Process, model_runner: Any) -> None:
     """Opt every routed MoE layer of the loaded model in.
 
     Raises:
@@ -51,28 +50,37 @@ def attach(runtime: Runtime, model_runner: Any) -> None:
     """
     device = torch.device(model_runner.device)
     _check_platform(device)
-    _check_ranks_agree(runtime)
+    _check_ranks_agree(process)
     server_args = model_runner.server_args
-    routers = _routed_layers(model_runner.model)
+    routed = _routed_layers(model_runner.model)
     _check_experts_have_weights(model_runner.model, server_args)
-    sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routers.items()}
-    num_experts = {layer: size.num_experts for layer, size in sizes.items()}
-    runtime.weights = ServedWeights.at_start(resolved_view(server_args))
-    check_artifacts(runtime.loaded, runtime.artifacts, num_experts, runtime.weights)
-    warn_of_policies(runtime.loaded, runtime.artifacts, sizes)
+    sizes = {layer: _sizes(topk, experts) for layer, (topk, experts) in routed.items()}
+    weights = ServedWeights.at_start(resolved_view(server_args))
+    check_artifacts(process.loaded, process.artifacts, sizes, weights)
+    warn_of_policies(process.loaded, process.artifacts, sizes)
     implementation = choose("cuda" if device.type == "cuda" else "cpu")
     if implementation.is_native:
-        warn_of_torch_policies(runtime.loaded)
-    runtime.has_graphs = replays_decode_steps(server_args)
-    layers = []
-    for index, (topk, experts) in enumerate(routers.values()):
-        layer = _make_layer(runtime, implementation, index, topk, experts, device)
+        warn_of_torch_policies(process.loaded)
+    has_graphs = replays_decode_steps(server_args)
+    layers = [
+        _make_layer(process, implementation, has_graphs, index, *modules, device)
+        for index, modules in enumerate(routed.values())
+    ]
+    process.served = ServedModel(
+        layers,
+        process.ids.table,
+        device,
+        _max_rows(server_args, model_runner),
+        implementation=implementation,
+        experts=_describe_experts(routed),
+        weights=weights,
+        has_graphs=has_graphs,
+        num_groups=len(process.config.isolation.groups),
+        has_statistics=process.config.statistics,
+    )
+    for layer, (topk, _) in zip(layers, routed.values(), strict=True):
         setattr(topk.topk_config, LAYER, layer)
-        layers.append(layer)
-    runtime.kernels = describe_kernels(implementation, layers)
-    runtime.experts = _describe_experts(routers)
-    logger.info("MoE re-routing by %s", runtime.kernels)
-    runtime.attach(layers, device, _max_rows(server_args, model_runner))
+    logger.info("MoE re-routing by %s", process.served.kernels)
 
 
 def _check_platform(device: torch.device) -> None:
@@ -86,25 +94,20 @@ def _check_platform(device: torch.device) -> None:
     raise EngineError(f"routing policies are not supported on this {name} platform{remedy}")
 
 
-def _check_ranks_agree(runtime: Runtime) -> None:
+def _check_ranks_agree(process: Process) -> None:
     """Every tensor-parallel rank must decide alike, also across nodes with their own files.
 
     The main process of each node drew a reload token; those of the first rank's node counts.
     """
-    group, mine = get_tp_group(), digests(runtime.loaded, runtime.artifacts)
+    group, mine = get_tp_group(), digests(process.loaded, process.artifacts)
     found = group.all_gather_object((mine, os.environ[environment.RELOAD_TOKEN]))
     os.environ[environment.RELOAD_TOKEN] = found[0][1]
     for rank, (theirs, _) in enumerate(found):
         if theirs != mine:
             raise EngineError(
                 f"tensor-parallel rank {rank} has another routing config or artifact than rank "
-                f"{group.rank_in_group}: copy {runtime.loaded.path} and its artifacts to all nodes"
+                f"{group.rank_in_group}: copy {process.loaded.path} and its artifacts to all nodes"
             )
-
-
-def digests(loaded: LoadedConfig, artifacts: Mapping[str, SimilarityArtifact]) -> list[str]:
-    """What decides about the routing, to be compared between ranks."""
-    return [loaded.sha256, *(artifact.sha256 for artifact in artifacts.values())]
 
 
 def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
@@ -215,24 +218,15 @@ def _has_bias_per_token(module: torch.nn.Module) -> bool:
     )
 
 
-def describe_kernels(implementation: Implementation, layers: Sequence[Layer]) -> str:
-    """What re-routes `layers`, and if that is the reference, why."""
-    if all(layer.uses_kernels for layer in layers):
-        return implementation.name
-    if not implementation.is_native:
-        return f"{REFERENCE}: {implementation.reason}"
-    layer = next(layer for layer in layers if not layer.uses_kernels)
-    return f"{REFERENCE}: {written_in_torch(layer.table)}"
-
-
 def _describe_experts(routers: Mapping[int, tuple[TopK, FusedMoE]]) -> str:
     runners = {getattr(experts, RUNNER, None) for _, experts in routers.values()}
     return ", ".join(sorted(runner.name if runner else "sglang" for runner in runners))
 
 
 def _make_layer(
-    runtime: Runtime,
+    process: Process,
     implementation: Implementation,
+    has_graphs: bool,
     index: int,
     topk: TopK,
     experts: FusedMoE,
@@ -248,9 +242,9 @@ def _make_layer(
     sizes = _sizes(topk, experts)
     top_k, num_experts = sizes.top_k, sizes.num_experts
     router = make_router(config, where)
-    table = make_table(runtime.ids.table, topk.layer_id, sizes)
-    if runtime.has_graphs:
-        table = with_capacity(table, _capacity(runtime, table.capacity))
+    table = make_table(process.ids.table, topk.layer_id, sizes)
+    if has_graphs:
+        table = with_capacity(table, _capacity(process.config, table.capacity))
     table = table.to(device)
     if implementation.is_native:
         _check_kernels(beyond_limits(router, num_experts, top_k), where)
@@ -275,155 +269,16 @@ def _check_kernels(limit: str, where: str) -> None:
         )
 
 
-def make_table(definitions: Sequence[Definition], layer_id: int, sizes: Sizes) -> PolicyTable:
-    """The policies of one layer, on the host; the place of a definition is its policy id."""
-    artifacts = {d.artifact.sha256: d.artifact for d in definitions if d.artifact}
-    return build_table(
-        [d.policy for d in definitions],
-        layer=layer_id,
-        top_k=sizes.top_k,
-        num_experts=sizes.num_experts,
-        similarity={digest: a.matrices[layer_id] for digest, a in artifacts.items()},
-        coefficients={
-            digest: a.coefficients[layer_id] for digest, a in artifacts.items() if a.coefficients
-        },
-        artifacts=[d.artifact.sha256 if d.artifact else None for d in definitions],
-    )
-
-
-def _capacity(runtime: Runtime, needed: Capacity) -> Capacity:
+def _capacity(config: RoutingConfig, needed: Capacity) -> Capacity:
     """Captured graphs keep the addresses of a table, so that it cannot grow later.
 
     It holds what the file needs twice: a reload puts its definitions beside those in force.
     """
-    reload = runtime.config.reload
     return Capacity(
-        policies=max(2 * needed.policies - 1, reload.policies),
-        steps=max(2 * needed.steps - 1, reload.steps),
-        matrices=needed.matrices + max(needed.matrices, reload.artifacts),
+        policies=max(2 * needed.policies - 1, config.reload.policies),
+        steps=max(2 * needed.steps - 1, config.reload.steps),
+        matrices=needed.matrices + max(needed.matrices, config.reload.artifacts),
     )
-
-
-KNOWN_ROUTER_SETTINGS = frozenset(
-    {
-        # read or refused where routers and layers are made
-        *("top_k", "use_grouped_topk", "topk_group", "num_expert_group", "renormalize"),
-        *("shared_experts", "num_fused_shared_experts"),
-        *("custom_routing_function", "correction_bias", "scoring_func"),
-        *("routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
-        *("output_format", "runner_backend", "fused_gate_packed_ids"),
-        # other code for the same function of the logits
-        *("torch_native", "sqrtsoftplus_log1p"),
-        # matters after the re-routing only
-        *("fused_shared_experts_scaling_factor", "routing_method_type"),
-        *("allow_routed_experts_capture", "layer_id"),
-        *("_correction_bias_dtype_cache", "_correction_bias_cache_key"),
-    }
-)
-"""Fields of SGLang's `TopKConfig` of which we know what they do to the routing."""
-
-
-def make_router(config: Any, where: str) -> Router:
-    """How SGLang's `TopKConfig` turns logits into experts and weights.
-
-    Raises:
-        EngineError: a kind of router whose scores we cannot recompute.
-    """
-    _refuse_unknown_settings(config, where)
-    backend = compat.router_backend(config)
-    problems = {
-        "a custom routing function": config.custom_routing_function is not None,
-        "packed expert ids": config.fused_gate_packed_ids,
-        "raw logits as weights": (
-            backend is not None
-            and backend.is_flashinfer_trtllm_routed()
-            and not config.renormalize
-            and not config.use_grouped_topk
-        ),
-        "a scale on weights that are not renormalised": (
-            config.apply_routed_scaling_factor_on_output
-            and not config.renormalize
-            and not compat.SCALES_PLAIN_WEIGHTS
-        ),
-        "softmax with a correction bias": (
-            config.scoring_func == "softmax"
-            and config.correction_bias is not None
-            and not config.use_grouped_topk
-        ),
-        f"scoring function {config.scoring_func!r}": (
-            config.scoring_func not in ("softmax", "sigmoid", "sqrtsoftplus")
-        ),
-    }
-    for problem, is_present in problems.items():
-        if is_present:
-            raise EngineError(f"{where}: routers with {problem} are not supported")
-    has_groups = config.use_grouped_topk and config.num_expert_group > 1
-    scales_output = config.apply_routed_scaling_factor_on_output
-    return Router(
-        # SGLang's biased grouped router is sigmoid whatever scoring_func says
-        scoring=(
-            "sigmoid"
-            if config.use_grouped_topk and config.correction_bias is not None
-            else config.scoring_func
-        ),
-        renormalize=config.renormalize,
-        scale=config.routed_scaling_factor or 1.0 if scales_output else 1.0,
-        bias=config.correction_bias,
-        num_groups=config.num_expert_group if has_groups else 1,
-        top_groups=config.topk_group if has_groups else 1,
-    )
-
-
-def _refuse_unknown_settings(config: Any, where: str) -> None:
-    """Settings of a changed SGLang: nobody has read what they do, so only their defaults pass."""
-    unknown = [
-        f"{field.name} {getattr(config, field.name)!r}"
-        for field in dataclasses.fields(config)
-        if field.name not in KNOWN_ROUTER_SETTINGS
-        and getattr(config, field.name) is not field.default
-        and getattr(config, field.name) != field.default
-    ]
-    if unknown:
-        raise EngineError(
-            f"{where}: this package does not know what these settings of SGLang's router do: "
-            + ", ".join(unknown)
-        )
-
-
-def check_artifacts(
-    loaded: LoadedConfig,
-    artifacts: Mapping[str, SimilarityArtifact],
-    num_experts: Mapping[int, int],
-    weights: ServedWeights,
-) -> None:
-    """Hold the artifacts of a config to the served model.
-
-    Args:
-        num_experts: routed experts by layer id.
-        weights: those of the model.
-
-    Raises:
-        ArtifactError: an artifact does not fit.
-    """
-    for name, artifact in artifacts.items():
-        _check_layers(name, artifact, num_experts)
-    check_weights(loaded, artifacts, weights)
-
-
-def _check_layers(name: str, artifact: SimilarityArtifact, num_experts: Mapping[int, int]) -> None:
-    where = f"similarity artifact {name!r}"
-    missing = sorted(set(num_experts) - set(artifact.layers))
-    if missing:
-        raise ArtifactError(
-            f"{where} has no matrix for MoE layers {missing} of this model; it has layers "
-            f"{artifact.layers} (made for {artifact.model or 'an unnamed model'})"
-        )
-    for layer, expected in num_experts.items():
-        if artifact.matrices[layer].shape[0] != expected:
-            raise ArtifactError(
-                f"{where} is for {artifact.matrices[layer].shape[0]} experts, but layer {layer} "
-                f"of this model has {expected} (made for {artifact.model or 'an unnamed model'})"
-            )
 
 
 def _max_rows(server_args: Any, model_runner: Any) -> int:

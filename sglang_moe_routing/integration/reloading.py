@@ -23,19 +23,12 @@ from .. import environment, runtime
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig, RoutingConfig, load_config
 from ..errors import PolicyError, ReloadError, RoutingError
-from ..kernels import choose
 from ..policies import PolicyTable, Sizes, with_capacity
-from ..runtime import Layer, Runtime, metrics, used_artifacts
-from ..runtime.definitions import Definition, define
+from ..runtime import Layer, Process, ServedModel, digests, metrics, used_artifacts
+from ..runtime.definitions import Definition, define, make_table
+from ..runtime.similarity import check_artifacts
 from . import http_server
-from .attach import (
-    check_artifacts,
-    describe_kernels,
-    digests,
-    make_table,
-    warn_of_policies,
-    warn_of_torch_policies,
-)
+from .attach import warn_of_policies, warn_of_torch_policies
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +103,7 @@ def _refuse_distant_replicas(server_args: Any) -> None:
         )
 
 
-def _read(state: Runtime) -> tuple[LoadedConfig, dict[str, SimilarityArtifact]]:
+def _read(state: Process) -> tuple[LoadedConfig, dict[str, SimilarityArtifact]]:
     loaded = load_config(state.loaded.path)
     _refuse_fixed(state.config, loaded)
     return loaded, used_artifacts(loaded)
@@ -170,7 +163,7 @@ class Follower:
             _commit(state, staged)
         return True
 
-    def _stage(self, state: Runtime, digest: int) -> str:
+    def _stage(self, state: Process, digest: int) -> str:
         """Stage on this rank, compare with the others; what is wrong, empty if nothing is."""
         mine: tuple[str, list[str]]
         try:
@@ -189,29 +182,29 @@ class Follower:
         return mine[0]
 
 
-def _stage(state: Runtime, digest: int) -> Staged:
+def _stage(state: Process, digest: int) -> Staged:
     loaded = load_config(state.loaded.path)
     if _number(loaded.sha256) != digest:
         raise ReloadError(f"{loaded.path} differs from what the HTTP process read; reload again")
     _refuse_fixed(state.config, loaded)
     artifacts = used_artifacts(loaded)
-    num_experts = {layer.layer_id: layer.num_experts for layer in state.layers}
-    check_artifacts(loaded, artifacts, num_experts, state.weights)
-    sizes = {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in state.layers}
+    model = state.model
+    sizes = {layer.layer_id: Sizes(layer.top_k, layer.num_experts) for layer in model.layers}
+    check_artifacts(loaded, artifacts, sizes, model.weights)
     warn_of_policies(loaded, artifacts, sizes)
-    if any(layer.has_kernels for layer in state.layers):
+    if any(layer.has_kernels for layer in model.layers):
         warn_of_torch_policies(loaded)
     table = state.ids.with_config(define(loaded, artifacts))
-    layers = [_stage_layer(state, layer, table) for layer in state.layers]
+    layers = [_stage_layer(model, loaded, layer, table) for layer in model.layers]
     return Staged(loaded, artifacts, table, layers)
 
 
 def _stage_layer(
-    state: Runtime, layer: Layer, definitions: Sequence[Definition]
+    model: ServedModel, loaded: LoadedConfig, layer: Layer, definitions: Sequence[Definition]
 ) -> tuple[Layer, PolicyTable]:
     table = make_table(definitions, layer.layer_id, Sizes(layer.top_k, layer.num_experts))
     where = f"layer {layer.layer_id}"
-    if state.has_graphs:
+    if model.has_graphs:
         if layer.table.torch_policies or table.torch_policies:
             raise ReloadError(
                 f"{where}: captured graphs can neither take up nor give up a policy that is "
@@ -221,7 +214,7 @@ def _stage_layer(
             table = with_capacity(table, layer.table.capacity)
         except PolicyError as error:
             raise ReloadError(
-                f"{state.loaded.path}: {where}: {error} in the captured graphs, which hold what is "
+                f"{loaded.path}: {where}: {error} in the captured graphs, which hold what is "
                 "in force as well. Change less at a time, or restart, with more room under "
                 "'reload' if need be; room of former definitions frees itself with the next reload "
                 "after their last request"
@@ -229,13 +222,13 @@ def _stage_layer(
     return layer, table.to(layer.union.device)
 
 
-def _commit(state: Runtime, staged: Staged) -> None:
-    is_cuda = state.layers[0].union.is_cuda
+def _commit(state: Process, staged: Staged) -> None:
+    model = state.model
+    is_cuda = model.layers[0].union.is_cuda
     if is_cuda:
         torch.cuda.synchronize()  # the step in flight ends under the old tables
     for layer, table in staged.layers:
-        state.adopt_table(layer, table)
-    state.kernels = describe_kernels(choose("cuda" if is_cuda else "cpu"), state.layers)
+        model.adopt_table(layer, table)
     if is_cuda:
         torch.cuda.synchronize()
     state.adopt(staged.loaded, staged.artifacts, staged.table)

@@ -1,6 +1,17 @@
 """Routing in a running process: policy ids, plans of forwards, buffers, counts. Knows no engine."""
 
+from .model import ServedModel
 from .plan import Call, Layer, Plan
-from .process import Runtime, current, start, used_artifacts
+from .process import Process, current, digests, start, used_artifacts
 
-__all__ = ["Call", "Layer", "Plan", "Runtime", "current", "start", "used_artifacts"]
+__all__ = [
+    "Call",
+    "Layer",
+    "Plan",
+    "Process",
+    "ServedModel",
+    "current",
+    "digests",
+    "start",
+    "used_artifacts",
+]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ..artifacts import SimilarityArtifact
 from ..config import LoadedConfig, RoutingConfig
-from ..policies import Policy, Vanilla
+from ..policies import Policy, PolicyTable, Sizes, Vanilla, build_table
 
 VANILLA_ID = 0
 CACHE_PREFIX = "moe-routing:"
@@ -67,6 +67,22 @@ def _cache_key(config: RoutingConfig, policy: Policy, artifact: SimilarityArtifa
         return ""
     content = policy.model_dump_json() + (artifact.sha256 if artifact else "")
     return f"{CACHE_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}|"
+
+
+def make_table(definitions: Sequence[Definition], layer_id: int, sizes: Sizes) -> PolicyTable:
+    """The policies of one layer, on the host; the place of a definition is its policy id."""
+    artifacts = {d.artifact.sha256: d.artifact for d in definitions if d.artifact}
+    return build_table(
+        [d.policy for d in definitions],
+        layer=layer_id,
+        top_k=sizes.top_k,
+        num_experts=sizes.num_experts,
+        similarity={digest: a.matrices[layer_id] for digest, a in artifacts.items()},
+        coefficients={
+            digest: a.coefficients[layer_id] for digest, a in artifacts.items() if a.coefficients
+        },
+        artifacts=[d.artifact.sha256 if d.artifact else None for d in definitions],
+    )
 
 
 class Request(Protocol):

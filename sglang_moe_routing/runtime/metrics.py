@@ -19,15 +19,13 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import torch
 
 from ..errors import EngineError
+from .process import Process
 from .statistics import COLUMNS
-
-if TYPE_CHECKING:
-    from .process import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -214,11 +212,11 @@ class Exporter:
     current one of that thread.
     """
 
-    def __init__(self, runtime: Runtime, device: torch.device) -> None:
-        self._runtime = runtime
+    def __init__(self, process: Process, device: torch.device) -> None:
+        self._process = process
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._problem = ""
-        self._labels = ("layer",) if runtime.config.metrics.per_layer else ()
+        self._labels = ("layer",) if process.config.metrics.per_layer else ()
         self._seen: dict[tuple[str, ...], int] = {}
         self._kernels: tuple[str, str] | None = None
 
@@ -228,7 +226,7 @@ class Exporter:
 
     def _run(self) -> None:
         while True:
-            time.sleep(self._runtime.config.metrics.interval)
+            time.sleep(self._process.config.metrics.interval)
             self._try_to_publish()
 
     def _try_to_publish(self) -> None:
@@ -236,8 +234,9 @@ class Exporter:
         try:
             if self._stream is not None:
                 torch.cuda.set_stream(self._stream)  # its device, too
-            with self._runtime.reading:
-                if self._runtime.has_run:
+            model = self._process.model
+            with model.reading:
+                if model.has_run:
                     self.publish()
                     _make(_READ).set(time.time())
         except Exception as error:
@@ -257,22 +256,23 @@ class Exporter:
 
     def publish(self) -> None:
         """Add what has been counted since the last time."""
-        state = self._runtime
-        self._show_kernels(state.kernels, state.experts)
-        for reason, total in dict.copy(state.rejections).items():
+        model = self._process.model
+        self._show_kernels(model.kernels, model.experts)
+        for reason, total in dict.copy(self._process.rejections).items():
             self._add(_REJECTED, (reason,), total)
-        if state.statistics is None or state.row_counts is None:
+        counts = model.statistics
+        if counts is None:
             return
-        for policy, total in dict.copy(state.row_counts.rows).items():
+        for policy, total in dict.copy(counts.rows.rows).items():
             self._add(_ROWS, (policy,), total)
-        for labels, total in dict.copy(state.row_counts.disengaged).items():
+        for labels, total in dict.copy(counts.rows.disengaged).items():
             self._add(_DISENGAGED, labels, total)
-        totals = state.statistics.totals()
+        totals = counts.totals()
         if self._labels:
-            for layer, row in zip(state.layers, totals.tolist(), strict=True):
+            for layer, row in zip(model.layers, totals.tolist(), strict=True):
                 self._add_experts(row, row[1] * layer.top_k, (str(layer.layer_id),))
         else:
-            top_k = torch.tensor([layer.top_k for layer in state.layers])
+            top_k = torch.tensor([layer.top_k for layer in model.layers])
             self._add_experts(totals.sum(0).tolist(), int((totals[:, 1] * top_k).sum()), ())
 
     def _add_experts(self, row: list[int], num_slots: int, labels: tuple[str, ...]) -> None:

@@ -1,9 +1,9 @@
-"""What the re-routing is about: a MoE layer, the plan of a forward, one call of a layer."""
+"""What the re-routing is about: a MoE layer, a forward and its plan, one call of a layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Layer:
         has_kernels: whether compiled kernels hold a layer of this size; else, and while some
             policy is written in torch, the torch reference serves.
         union: bool ``[num_experts]``, where the kernels leave the union of a call.
-        kernels: the compiled re-routing, bound to `table`; see `Runtime.bind`.
+        kernels: the compiled re-routing, bound to `table`; see `ServedModel.bind`.
     """
 
     layer_id: int
@@ -72,6 +72,31 @@ class Plan:
     @cached_property
     def reroutes(self) -> bool:
         return any(self.policy_ids)
+
+
+@dataclass
+class Step:
+    """One forward under way, or the capture of graphs.
+
+    Attributes:
+        plan: None while graphs are captured: all rows are padded then.
+        passed: index and ids of the calls that nobody re-routes and that wait to be counted; None
+            where every call is re-routed.
+        asked: index of each layer that has asked for its routing, in order.
+        num_graph_runs: how often the forward of a graph was run.
+        is_written: whether the rows are on the device.
+    """
+
+    plan: Plan | None
+    passed: list[tuple[int, Tensor]] | None = None
+    asked: list[int] = field(default_factory=list)
+    num_graph_runs: int = 0
+    is_written: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether its calls are counted: decode steps are, also those of a replay."""
+        return self.plan is None or self.plan.is_decode
 
 
 class Call(NamedTuple):

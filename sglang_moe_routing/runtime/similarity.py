@@ -7,8 +7,9 @@ from math import inf
 
 from ..artifacts import METRICS, SimilarityArtifact, load_artifact
 from ..config import LoadedConfig
-from ..errors import ConfigError
-from ..policies import Policy, Schedule
+from ..errors import ArtifactError, ConfigError
+from ..policies import Policy, Schedule, Sizes
+from .weights import ServedWeights, check_weights
 
 THRESHOLD = "threshold"
 
@@ -66,3 +67,40 @@ def _unreachable(loaded: LoadedConfig, artifacts: dict[str, SimilarityArtifact])
 def _thresholds(policy: Policy) -> list[float]:
     value = getattr(policy, THRESHOLD, None)
     return list(value.values()) if isinstance(value, Schedule) else []
+
+
+def check_artifacts(
+    loaded: LoadedConfig,
+    artifacts: Mapping[str, SimilarityArtifact],
+    sizes: Mapping[int, Sizes],
+    weights: ServedWeights,
+) -> None:
+    """Hold the artifacts of a config to the served model.
+
+    Args:
+        sizes: of the routed layers, by layer id.
+        weights: those of the model.
+
+    Raises:
+        ArtifactError: an artifact does not fit.
+    """
+    for name, artifact in artifacts.items():
+        _check_layers(name, artifact, sizes)
+    check_weights(loaded, artifacts, weights)
+
+
+def _check_layers(name: str, artifact: SimilarityArtifact, sizes: Mapping[int, Sizes]) -> None:
+    where = f"similarity artifact {name!r}"
+    missing = sorted(set(sizes) - set(artifact.layers))
+    if missing:
+        raise ArtifactError(
+            f"{where} has no matrix for MoE layers {missing} of this model; it has layers "
+            f"{artifact.layers} (made for {artifact.model or 'an unnamed model'})"
+        )
+    for layer, size in sizes.items():
+        if artifact.matrices[layer].shape[0] != size.num_experts:
+            raise ArtifactError(
+                f"{where} is for {artifact.matrices[layer].shape[0]} experts, but layer {layer} "
+                f"of this model has {size.num_experts} "
+                f"(made for {artifact.model or 'an unnamed model'})"
+            )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..policies import PAD, Rerouted
+from .rows import RowCounts
 
 KEY = "moe_routing"
 """Where the counts stand in SGLang's internal state."""
@@ -48,6 +49,9 @@ class Statistics:
     Args:
         layers: layer id and top-k of each.
         num_experts: at most, of any layer.
+
+    Attributes:
+        rows: decode rows by policy, counted on the host.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Statistics:
         num_experts: int,
         num_groups: int = 1,
     ) -> None:
+        self.rows = RowCounts()
         self._layer_ids, self._top_k = zip(*layers, strict=True)
         self._num_experts = num_experts
         self.defers = device.type == "cpu"

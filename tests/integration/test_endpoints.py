@@ -53,7 +53,7 @@ def test_field_of_a_form_names_a_policy_as_one_of_json_does(
     """Audio comes as a form, and the demo model does not hear: the handler is none of SGLang's."""
     path = tmp_path / "routing.yaml"
     path.write_text("version: 1\npolicies: {fast: {kind: oea, k0: 3}}\n")
-    monkeypatch.setattr(process, "_runtime", None)
+    monkeypatch.setattr(process, "_current", None)
     monkeypatch.setattr(selecting.http_server, "is_there", lambda: False)  # no warm-up to tell
     runtime.start(load_config(path))
     app = FastAPI()

@@ -30,7 +30,7 @@ from sglang_moe_routing.policies import (
 )
 
 pytest.importorskip("sglang")
-from sglang_moe_routing.integration.runners import RUNNERS  # noqa: E402
+from sglang_moe_routing.integration.runners import RUNNERS
 
 ROWS = (1, 4, 16, 129, 250)
 POLICIES: dict[str, Policy] = {
@@ -70,9 +70,7 @@ Case = tuple[str, int, tuple[int, int]]
 """Name of a batch, rows, shape."""
 
 
-def final_rows(
-    case: Case, free_slots: FreeSlots = FreeSlots.IGNORED
-) -> tuple[Tensor, Tensor]:
+def final_rows(case: Case, free_slots: FreeSlots = FreeSlots.IGNORED) -> tuple[Tensor, Tensor]:
     """int32 ids and float32 weights ``[num_rows, top_k]``; some experts are far more popular."""
     name, num_rows, shape = case
     policies = BATCHES[name]

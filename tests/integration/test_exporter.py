@@ -25,23 +25,27 @@ pytest.importorskip("sglang")
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_moe_routing.integration.hooks.model import forward_batch, graphs
-from sglang_moe_routing.runtime import Runtime, metrics
+from sglang_moe_routing.kernels import REFERENCE, Implementation
+from sglang_moe_routing.runtime import Process, metrics
 
 from .test_isolation import make_runtime
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # without index, as SGLang names it
 
 
+NAMES = ("before", "after")
+
+
 @pytest.fixture
-def runtime(tmp_path: Path) -> Iterator[Runtime]:
+def runtime(tmp_path: Path) -> Iterator[Process]:
     runtime = make_runtime(tmp_path, 1, "torch")
     runtime.config = runtime.config.model_copy(
         update={"metrics": runtime.config.metrics.model_copy(update={"interval": 0.05})}
     )
-    runtime.has_run = True
+    runtime.model.has_run = True
     yield runtime
-    runtime.has_run = False  # its threads have nothing to do any more
-    with runtime.reading:
+    runtime.model.has_run = False  # its threads have nothing to do any more
+    with runtime.model.reading:
         pass
 
 
@@ -58,7 +62,7 @@ def wait_for(is_there: Callable[[], bool]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_without_index_is_the_current_one_of_the_main_thread(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    runtime: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first call of CUDA is made here, where it ends the start, and not by the thread."""
     with pytest.raises(RuntimeError, match=r"exchangeDevice|NVIDIA"):
@@ -72,18 +76,19 @@ def test_a_gpu_without_index_is_the_current_one_of_the_main_thread(
     assert set(used) == {"stream of cuda"}
 
 
-def test_what_re_routes_follows_a_reload(runtime: Runtime) -> None:
+def test_what_re_routes_follows_a_reload(runtime: Process) -> None:
     """The series of what did so before stays, at 0."""
     exporter, gauge = metrics.Exporter(runtime, CPU), metrics._make(metrics._KERNELS)
-    for name in ("before", "after", "before"):
-        runtime.kernels = name
+    for name in (*NAMES, "before"):
+        runtime.model._implementation = Implementation("", name)
         exporter.publish()
-        values = {n: gauge.labels(n, runtime.experts)._value.get() for n in ("before", "after")}
-        assert values == {"before": 0, "after": 0, name: 1}
+        series = {n: gauge.labels(f"{REFERENCE}: {n}", runtime.model.experts) for n in NAMES}
+        values = {n: one._value.get() for n, one in series.items()}
+        assert values == dict.fromkeys(NAMES, 0) | {name: 1}
 
 
 def test_a_thread_that_cannot_read_says_so_once_and_goes_on(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    runtime: Process, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tries: list[None] = []
 
@@ -93,7 +98,7 @@ def test_a_thread_that_cannot_read_says_so_once_and_goes_on(
 
     start = time.time()
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.statistics, "totals", fail)
+        patch.setattr(runtime.model.statistics, "totals", fail)
         metrics.Exporter(runtime, CPU).start()
         wait_for(lambda: len(tries) >= 4)
         (record,) = caplog.records
@@ -104,11 +109,11 @@ def test_a_thread_that_cannot_read_says_so_once_and_goes_on(
 
 
 def test_counts_are_read_from_the_first_batch_on_one_without_decode_too(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    runtime: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where requests generate one token each, the counts must not look as if nobody read them."""
-    monkeypatch.setattr(process, "_runtime", runtime)
-    runtime.has_run = False
+    monkeypatch.setattr(process, "_current", runtime)
+    runtime.model.has_run = False
     start = time.time()
     metrics.Exporter(runtime, CPU).start()
     time.sleep(0.3)
@@ -120,26 +125,26 @@ def test_counts_are_read_from_the_first_batch_on_one_without_decode_too(
 
 
 def test_graphs_are_not_captured_while_the_thread_reads(
-    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    runtime: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA would call the capture invalid."""
-    monkeypatch.setattr(process, "_runtime", runtime)
+    monkeypatch.setattr(process, "_current", runtime)
     is_reading, may_end = threading.Event(), threading.Event()
     is_captured = threading.Event()
     runner = SimpleNamespace(model_runner=SimpleNamespace(is_draft_worker=False))
-    totals = runtime.statistics.totals
+    totals = runtime.model.statistics.totals
 
     def read() -> Any:
         is_reading.set()
         assert may_end.wait(20)
-        assert not runtime.is_capturing
+        assert runtime.model._step is None
         return totals()
 
     def capture() -> None:
         with contextlib.suppress(EngineError):  # no layer asks for its routing here
             graphs.around_capture(lambda runner: is_captured.set(), runner)
 
-    monkeypatch.setattr(runtime.statistics, "totals", read)
+    monkeypatch.setattr(runtime.model.statistics, "totals", read)
     start = time.time()
     metrics.Exporter(runtime, CPU).start()
     assert is_reading.wait(20)
@@ -186,7 +191,7 @@ def test_servers_that_share_a_folder_do_not_add_up(folder: Path) -> None:
     """The folder of one that lives stays, that of one that was killed goes."""
     program = (
         "import os, sys\n"
-        "from sglang_moe_routing.integration import metrics\n"
+        "from sglang_moe_routing.runtime import metrics\n"
         "metrics.enable(True)\n"
         "metrics.count_request('fast')\n"
         "print(os.environ[metrics.FOLDER], flush=True)\n"

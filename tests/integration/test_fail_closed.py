@@ -19,7 +19,8 @@ from sglang.srt.model_executor.runner.decode_cuda_graph_runner import (  # noqa:
 from sglang_moe_routing.errors import EngineError  # noqa: E402
 from sglang_moe_routing.integration.hooks import HOOKS  # noqa: E402
 from sglang_moe_routing.integration.marks import LAYER, PLAN  # noqa: E402
-from sglang_moe_routing.runtime import Plan, Runtime, process  # noqa: E402
+from sglang_moe_routing.kernels import choose  # noqa: E402
+from sglang_moe_routing.runtime import Plan, Process, ServedModel, process  # noqa: E402
 
 from .test_isolation import CPU, MAX_ROWS, NUM_EXPERTS, TOP_K, make_runtime  # noqa: E402
 
@@ -29,22 +30,22 @@ RUNNER = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGr
 
 
 @pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
     """This process's runtime, with three layers."""
     state = make_runtime(tmp_path, 1, "torch")
-    (layer,) = state.layers
+    (layer,) = state.model.layers
     layers = [replace(layer, layer_id=10 + i, index=i) for i in range(NUM_LAYERS)]
-    state.attach(layers, CPU, MAX_ROWS)
-    monkeypatch.setattr(process, "_runtime", state)
+    state.served = ServedModel(layers, state.ids.table, CPU, MAX_ROWS, implementation=choose("cpu"))
+    monkeypatch.setattr(process, "_current", state)
     return state
 
 
-def ask(state: Runtime, layers: Sequence[int], num_rows: int = 4) -> None:
+def ask(state: Process, layers: Sequence[int], num_rows: int = 4) -> None:
     """What a forward does with our hook: these layers come by."""
     for index in layers:
         logits = torch.randn(num_rows, NUM_EXPERTS)
         weights, ids = logits.softmax(dim=1).topk(TOP_K)
-        state.reroute(state.layers[index], ids.int(), weights, logits)
+        state.model.reroute(state.model.layers[index], ids.int(), weights, logits)
 
 
 def hooked(target: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +60,7 @@ def _around(function: Callable[..., Any], original: Callable[..., Any]) -> Calla
     return lambda *args, **kwargs: function(original, *args, **kwargs)
 
 
-def capture(state: Runtime, shapes: dict[int, Sequence[Sequence[int]]]) -> None:
+def capture(state: Process, shapes: dict[int, Sequence[Sequence[int]]]) -> None:
     """Capture decode graphs of these sizes; each runs its forward as often as given.
 
     SGLang's runner, but for what needs a device: a size's runs ask the layers that it lists.
@@ -81,7 +82,7 @@ def capture(state: Runtime, shapes: dict[int, Sequence[Sequence[int]]]) -> None:
     hooked(f"{RUNNER}.capture", capture_all)(runner)
 
 
-def test_graphs_in_which_every_run_asks_every_layer_are_captured(state: Runtime) -> None:
+def test_graphs_in_which_every_run_asks_every_layer_are_captured(state: Process) -> None:
     capture(state, {8: [(0, 1, 2)] * 3, 4: [(0, 1, 2)] * 3})
 
 
@@ -91,7 +92,7 @@ def test_graphs_in_which_every_run_asks_every_layer_are_captured(state: Runtime)
     ids=["no layer", "warm-ups only", "one layer twice", "not the last layer"],
 )
 def test_one_shape_that_bypasses_the_routing_ends_the_process(
-    state: Runtime, bypassing: Any, capsys: pytest.CaptureFixture[str]
+    state: Process, bypassing: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         capture(state, {8: [(0, 1, 2)] * 3, 4: bypassing})
@@ -102,7 +103,7 @@ def test_one_shape_that_bypasses_the_routing_ends_the_process(
     assert "SGLANG_PLUGINS=moe_routing" in message
 
 
-def test_graphs_that_another_runner_captures_end_the_process(state: Runtime) -> None:
+def test_graphs_that_another_runner_captures_end_the_process(state: Process) -> None:
     with pytest.raises(SystemExit):
         capture(state, {})
 
@@ -112,7 +113,7 @@ class Output:
     can_run_graph: bool = False
 
 
-def forward(state: Runtime, layers: Sequence[int], num_rows: int = 4) -> None:
+def forward(state: Process, layers: Sequence[int], num_rows: int = 4) -> None:
     """An eager forward of four re-routed rows inside our hook."""
     plan = Plan([1] * 4, [0] * 4, [""] * 4, "DECODE", is_decode=True)
 
@@ -124,7 +125,7 @@ def forward(state: Runtime, layers: Sequence[int], num_rows: int = 4) -> None:
     around(SimpleNamespace(is_draft_worker=False), SimpleNamespace(**{PLAN: plan}))
 
 
-def test_a_forward_that_asks_every_layer_passes(state: Runtime) -> None:
+def test_a_forward_that_asks_every_layer_passes(state: Process) -> None:
     forward(state, (0, 1, 2))
 
 
@@ -132,14 +133,14 @@ TWICE = (0, 1, 2, 0, 1)
 """A model that shares the experts of its first two layers between several places."""
 
 
-def test_a_model_that_asks_layers_several_times_is_served(state: Runtime) -> None:
+def test_a_model_that_asks_layers_several_times_is_served(state: Process) -> None:
     capture(state, {8: [TWICE] * 3, 4: [TWICE] * 3})
     forward(state, TWICE)
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (0, 1, 2, 0), (0, 1, 2, 0, 1, 2)], ids=str)
 def test_a_place_that_shares_a_layer_and_bypasses_the_routing_ends_the_process(
-    state: Runtime, layers: Sequence[int]
+    state: Process, layers: Sequence[int]
 ) -> None:
     forward(state, TWICE)
     with pytest.raises(SystemExit):
@@ -150,7 +151,7 @@ def test_a_place_that_shares_a_layer_and_bypasses_the_routing_ends_the_process(
 
 @pytest.mark.parametrize("layers", [(), (0, 1), (0, 1, 1)], ids=str)
 def test_a_first_forward_that_skips_a_layer_ends_the_process(
-    state: Runtime, layers: Sequence[int]
+    state: Process, layers: Sequence[int]
 ) -> None:
     with pytest.raises(SystemExit):
         forward(state, layers)
@@ -158,7 +159,7 @@ def test_a_first_forward_that_skips_a_layer_ends_the_process(
 
 @pytest.mark.parametrize("layers", [(), (0, 1), (0, 1, 1), (0, 1, 2, 2)], ids=str)
 def test_a_plugin_that_skips_the_router_ends_the_process_with_one_message(
-    state: Runtime, layers: Sequence[int], capsys: pytest.CaptureFixture[str]
+    state: Process, layers: Sequence[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     forward(state, (0, 1, 2))
     with pytest.raises(SystemExit) as ended:
@@ -171,7 +172,7 @@ def test_a_plugin_that_skips_the_router_ends_the_process_with_one_message(
 
 
 def test_rows_that_are_sharded_before_the_router_end_the_process(
-    state: Runtime, capsys: pytest.CaptureFixture[str]
+    state: Process, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nobody could tell which policies the rows of a shard follow."""
     with pytest.raises(SystemExit):
@@ -202,7 +203,7 @@ def select_hook(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("is_ours", [False, True])
-def test_packed_expert_ids_are_refused_in_our_layers(state: Runtime, is_ours: bool) -> None:
+def test_packed_expert_ids_are_refused_in_our_layers(state: Process, is_ours: bool) -> None:
     config = topk.TopKConfig(top_k=TOP_K)
 
     def packs(**_: Any) -> Any:
@@ -211,24 +212,24 @@ def test_packed_expert_ids_are_refused_in_our_layers(state: Runtime, is_ours: bo
     if not is_ours:
         select(select_hook(packs), config)
         return
-    setattr(config, LAYER, state.layers[0])
+    setattr(config, LAYER, state.model.layers[0])
     select(select_hook(lambda **_: PLAIN), config)
     with pytest.raises(EngineError, match=r"layer 10: SGLang packed the expert ids.*TOPK_PACK=0"):
         select(select_hook(packs), config)
 
 
-def test_a_router_bias_per_token_is_refused_when_it_shows_up(state: Runtime) -> None:
+def test_a_router_bias_per_token_is_refused_when_it_shows_up(state: Process) -> None:
     config = topk.TopKConfig(top_k=TOP_K, scoring_func="sigmoid")
-    setattr(config, LAYER, state.layers[0])
+    setattr(config, LAYER, state.model.layers[0])
     bias = torch.zeros(2, NUM_EXPERTS)
     with pytest.raises(EngineError, match="layer 10: a router bias that depends on the token"):
         select(select_hook(lambda **_: PLAIN), config, dynamic_expert_bias=bias)
 
 
-def test_a_fused_router_that_skips_the_hook_is_refused(state: Runtime) -> None:
+def test_a_fused_router_that_skips_the_hook_is_refused(state: Process) -> None:
     (hook,) = (h for h in HOOKS if h.target == f"{topk.__name__}.build_precomputed_topk_output")
     config = topk.TopKConfig(top_k=TOP_K)
     hook.function(torch.ones(2, 4), torch.zeros(2, 4), config, 3)
-    setattr(config, LAYER, state.layers[0])
+    setattr(config, LAYER, state.model.layers[0])
     with pytest.raises(EngineError, match=r"layer 3: .*SGLANG_K3_FUSED_FRONT=0"):
         hook.function(torch.ones(2, 4), torch.zeros(2, 4), config, 3)

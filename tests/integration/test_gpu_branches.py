@@ -21,7 +21,7 @@ from sglang_moe_routing.engine.topk import engine_topk
 from sglang_moe_routing.errors import EngineError
 from sglang_moe_routing.integration import attach, inspection, reloading
 from sglang_moe_routing.kernels import native, ops
-from sglang_moe_routing.runtime import Runtime
+from sglang_moe_routing.runtime import Process
 from sglang_moe_routing.runtime.rows import RowViews
 from sglang_moe_routing.runtime.statistics import Statistics
 
@@ -33,7 +33,7 @@ on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine
 
 
 @pytest.fixture
-def runtime(tmp_path: Path) -> Runtime:
+def runtime(tmp_path: Path) -> Process:
     return make_runtime(tmp_path, 1, "torch")
 
 
@@ -91,10 +91,10 @@ def test_rows_go_to_a_gpu_from_pinned_memory(num_groups: int) -> None:
 
 
 @on_a_cpu
-def test_a_reload_waits_for_the_step_in_flight(runtime: Runtime) -> None:
+def test_a_reload_waits_for_the_step_in_flight(runtime: Process) -> None:
     with FakeTensorMode():
-        runtime.layers[0].union = torch.zeros(1, dtype=torch.bool, device=GPU)
-    layer, new = runtime.layers[0], object()
+        runtime.model.layers[0].union = torch.zeros(1, dtype=torch.bool, device=GPU)
+    layer, new = runtime.model.layers[0], object()
     with pytest.raises(RuntimeError, match=NO_GPU):
         reloading._commit(runtime, SimpleNamespace(layers=[(layer, new, None)]))
     assert layer.table is not new

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sglang_moe_routing.artifacts import SimilarityArtifact
 from sglang_moe_routing.config import load_config
-from sglang_moe_routing.integration.attach import make_table
 from sglang_moe_routing.kernels import choose
 from sglang_moe_routing.policies import FREE, FreeSlots, Router, Sizes
-from sglang_moe_routing.runtime import Layer, Plan, Runtime
+from sglang_moe_routing.runtime import Layer, Plan, Process, ServedModel
+from sglang_moe_routing.runtime.definitions import make_table
 
 NUM_EXPERTS, TOP_K, MAX_ROWS = 32, 4, 24
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def make_runtime(
     num_groups: int,
     implementation: str,
     free_slots: FreeSlots = FreeSlots.IGNORED,
-) -> Runtime:
+) -> Process:
     """A runtime with one layer, as a scheduler has it after its model is loaded."""
     groups = ", ".join(
         f"{name}: g{i}" for i, name in enumerate(("oea", "sere", "late")[: num_groups - 1])
@@ -53,7 +53,7 @@ def make_runtime(
         f"version: 1\nsimilarity: {{a: x}}\nisolation: {{policies: {{{groups}}}}}\n"
         f"policies: {POLICIES}"
     )
-    runtime = Runtime(load_config(path), {"a": ARTIFACT})
+    runtime = Process(load_config(path), {"a": ARTIFACT})
     table = make_table(runtime.ids.table, 0, Sizes(TOP_K, NUM_EXPERTS))
     layer = Layer(
         layer_id=0,
@@ -66,25 +66,32 @@ def make_runtime(
         has_kernels=implementation == "native",
         union=torch.zeros(NUM_EXPERTS, dtype=torch.bool),
     )
-    runtime.attach([layer], CPU, MAX_ROWS)
+    runtime.served = ServedModel(
+        [layer],
+        runtime.ids.table,
+        CPU,
+        MAX_ROWS,
+        implementation=choose("cpu"),
+        num_groups=num_groups,
+    )
     return runtime
 
 
 def run(
-    runtime: Runtime, logits: Tensor, policies: Sequence[int], groups: Sequence[int], pads: int = 0
+    runtime: Process, logits: Tensor, policies: Sequence[int], groups: Sequence[int], pads: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Ids and weights of one decode call; `pads` rows have no request."""
     weights, ids = logits.softmax(dim=1).topk(TOP_K)
     ids = ids.int()
     plan = Plan(policies, groups, [""] * len(policies), "DECODE", is_decode=True)
     assert len(logits) == len(policies) + pads
-    with runtime.forward(plan):
-        runtime.reroute(runtime.layers[0], ids, weights, logits)
+    with runtime.model.forward(plan):
+        runtime.model.reroute(runtime.model.layers[0], ids, weights, logits)
     return ids, weights
 
 
 @pytest.fixture(scope="module", params=itertools.product(IMPLEMENTATIONS, FreeSlots), ids=str)
-def runtimes(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runtime, Runtime]:
+def runtimes(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Process, Process]:
     """One with a single group, one with four."""
     folder = tmp_path_factory.mktemp("config")
     return make_runtime(folder, 1, *request.param), make_runtime(folder, 4, *request.param)
@@ -98,7 +105,7 @@ rows = st.lists(
 @settings(deadline=None, max_examples=150)
 @given(rows=rows, pads=st.integers(0, 4), seed=st.integers(0, 2**31))
 def test_each_group_is_routed_as_if_alone(
-    runtimes: tuple[Runtime, Runtime], rows: list[tuple[int, int]], pads: int, seed: int
+    runtimes: tuple[Process, Process], rows: list[tuple[int, int]], pads: int, seed: int
 ) -> None:
     alone, isolated = runtimes
     policies, groups = [p for p, _ in rows], [g for _, g in rows]
@@ -106,7 +113,7 @@ def test_each_group_is_routed_as_if_alone(
     logits = torch.randn(len(rows) + pads, NUM_EXPERTS, generator=generator)
     if seed % 2:
         logits = logits.round()  # ties
-    before = isolated.statistics.read()
+    before = isolated.model.statistics.read()
     ids, weights = run(isolated, logits, policies, groups, pads)
     for group in set(groups):
         mine = [b for b, g in enumerate(groups) if g == group]
@@ -118,9 +125,9 @@ def test_each_group_is_routed_as_if_alone(
     live = len(rows)
     assert not weights[live:].any()
     held = set(ids[:live].flatten().tolist()) - {FREE}
-    is_ignored = isolated.layers[0].free_slots is FreeSlots.IGNORED
+    is_ignored = isolated.model.layers[0].free_slots is FreeSlots.IGNORED
     assert set(ids[live:].flatten().tolist()) <= ({FREE} if is_ignored else held)
-    check_statistics(before, isolated.statistics.read(), logits[:live], ids[:live])
+    check_statistics(before, isolated.model.statistics.read(), logits[:live], ids[:live])
 
 
 def check_statistics(
@@ -140,7 +147,7 @@ def check_statistics(
     assert expected.items() <= counted.items()
 
 
-def test_others_change_nothing(runtimes: tuple[Runtime, Runtime]) -> None:
+def test_others_change_nothing(runtimes: tuple[Process, Process]) -> None:
     """Neither the tokens nor the policies, nor the number, of another group's rows."""
     _, isolated = runtimes
     mine = torch.randn(6, NUM_EXPERTS, generator=torch.Generator().manual_seed(1))
@@ -156,7 +163,7 @@ def test_others_change_nothing(runtimes: tuple[Runtime, Runtime]) -> None:
         assert torch.equal(weights, outcomes[0][1])
 
 
-def test_without_groups_they_would(runtimes: tuple[Runtime, Runtime]) -> None:
+def test_without_groups_they_would(runtimes: tuple[Process, Process]) -> None:
     """The same rows in one group do influence each other: the test above can fail."""
     _, isolated = runtimes
     generator = torch.Generator().manual_seed(1)
@@ -168,7 +175,7 @@ def test_without_groups_they_would(runtimes: tuple[Runtime, Runtime]) -> None:
 
 
 def test_a_replay_finds_the_group_of_every_row(
-    runtimes: tuple[Runtime, Runtime], monkeypatch: pytest.MonkeyPatch
+    runtimes: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a graph has baked reads groups from the buffers alone, those of padded rows too."""
     _, isolated = runtimes
@@ -177,14 +184,12 @@ def test_a_replay_finds_the_group_of_every_row(
     def replay() -> tuple[Tensor, Tensor]:
         weights, ids = logits.softmax(dim=1).topk(TOP_K)
         ids = ids.int()
-        with monkeypatch.context() as patch:
-            patch.setattr(isolated, "plan", None)
-            patch.setattr(isolated, "is_capturing", True)
-            isolated.reroute(isolated.layers[0], ids, weights, logits)
+        with isolated.model.as_captured():
+            isolated.model.reroute(isolated.model.layers[0], ids, weights, logits)
         return ids, weights
 
     replay()  # as when it is captured
-    monkeypatch.setattr(isolated, "has_graphs", True)
+    monkeypatch.setattr(isolated.model, "has_graphs", True)
     for policies, groups in (
         ([1, 2, 3, 0, 1, 2], [0, 1, 1, 2, 3, 3]),
         ([1, 4], [3, 0]),
@@ -194,5 +199,5 @@ def test_a_replay_finds_the_group_of_every_row(
         pads = len(logits) - len(policies)
         expected = run(isolated, logits, policies, groups, pads)
         plan = Plan(policies, groups, [""] * len(policies), "DECODE", is_decode=True)
-        with isolated.forward(plan):
+        with isolated.model.forward(plan):
             assert all(map(torch.equal, replay(), expected))

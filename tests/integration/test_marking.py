@@ -35,7 +35,7 @@ from sglang_moe_routing.runtime import metrics, process
 def _config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "routing.yaml"
     path.write_text("version: 1\npolicies: {fast: {kind: oea, k0: 3}}\n")
-    monkeypatch.setattr(process, "_runtime", None)
+    monkeypatch.setattr(process, "_current", None)
     runtime.start(load_config(path))
 
 

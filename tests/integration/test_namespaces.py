@@ -30,7 +30,7 @@ GROUPS = "isolation: {policies: {other: tenant}}\n"
 def start(folder: Path, monkeypatch: pytest.MonkeyPatch, more: str = "") -> None:
     path = folder / "routing.yaml"
     path.write_text(f"version: 1\n{more}{POLICIES}")
-    monkeypatch.setattr(process, "_runtime", None)
+    monkeypatch.setattr(process, "_current", None)
     runtime.start(load_config(path))
 
 

@@ -17,8 +17,10 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # noqa: E402
 from sglang_moe_routing.engine import compat, signatures  # noqa: E402
 from sglang_moe_routing.errors import EngineError  # noqa: E402
 from sglang_moe_routing.integration.attach import (  # noqa: E402
-    KNOWN_ROUTER_SETTINGS,
     _routed_layers,
+)
+from sglang_moe_routing.integration.routers import (  # noqa: E402
+    KNOWN_ROUTER_SETTINGS,
     make_router,
 )
 

@@ -13,7 +13,7 @@ from sglang_moe_routing.serving.server import free_port, server_environment
 
 PROGRAM = """
 import json, multiprocessing, os, sys
-from sglang_moe_routing.integration import environment
+from sglang_moe_routing import environment
 
 
 def tell(queue, *ignored):

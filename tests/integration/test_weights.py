@@ -27,7 +27,7 @@ from sglang_moe_routing.errors import ArtifactError
 from sglang_moe_routing.integration.hooks.scheduler import weights as hook
 from sglang_moe_routing.integration.reloading import Staged
 from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
-from sglang_moe_routing.runtime import Layer, Runtime, process, used_artifacts
+from sglang_moe_routing.runtime import Layer, Process, process, used_artifacts
 from sglang_moe_routing.runtime.definitions import define
 from sglang_moe_routing.runtime.weights import (
     CHECKPOINT_FORMATS,
@@ -61,35 +61,35 @@ def load(folder: Path, policies: str, allow: str = "false") -> LoadedConfig:
 
 
 @pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
-    monkeypatch.setattr(process, "_runtime", None)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
+    monkeypatch.setattr(process, "_current", None)
     return runtime.start(load(tmp_path, f"{SERE}, {FAST}"))
 
 
-def adopt(state: Runtime, loaded: LoadedConfig) -> None:
+def adopt(state: Process, loaded: LoadedConfig) -> None:
     state.adopt(loaded, used_artifacts(loaded))
 
 
-def test_weights_of_the_artifact_come_in_and_others_do_not(state: Runtime) -> None:
+def test_weights_of_the_artifact_come_in_and_others_do_not(state: Process) -> None:
     assert hook._problem(ServedWeights("/copy", MINE)) == ""
     assert "was made for other weights than /other" in hook._problem(OTHER)
     assert "weights of IPC: nothing tells which they are" in hook._problem(unknown("IPC"))
 
 
 def test_without_a_policy_that_uses_it_an_artifact_holds_nothing_up(
-    state: Runtime, tmp_path: Path
+    state: Process, tmp_path: Path
 ) -> None:
     adopt(state, load(tmp_path, FAST))
     assert hook._problem(OTHER) == hook._problem(unknown("IPC")) == ""
 
 
-def test_other_weights_come_in_where_the_config_allows_them(state: Runtime, tmp_path: Path) -> None:
+def test_other_weights_come_in_where_the_config_allows_them(state: Process, tmp_path: Path) -> None:
     adopt(state, load(tmp_path, SERE, allow="true"))
     assert hook._problem(OTHER) == hook._problem(unknown("IPC")) == ""
 
 
 def test_a_running_request_holds_up_weights_that_its_former_policy_cannot_meet(
-    state: Runtime, tmp_path: Path
+    state: Process, tmp_path: Path
 ) -> None:
     request = Request()
     state.ids.use(state.ids.of_name["similar"], request)
@@ -101,7 +101,7 @@ def test_a_running_request_holds_up_weights_that_its_former_policy_cannot_meet(
 
 
 def test_a_finished_request_that_the_scheduler_still_holds_does_not_hold_up_weights(
-    state: Runtime, tmp_path: Path
+    state: Process, tmp_path: Path
 ) -> None:
     """The overlap scheduler keeps its last two batches, on an idle server for good."""
     request = Request()
@@ -118,7 +118,7 @@ def test_a_finished_request_that_the_scheduler_still_holds_does_not_hold_up_weig
 
 
 def test_a_finished_request_keeps_its_id_from_others_until_it_is_garbage(
-    state: Runtime, tmp_path: Path
+    state: Process, tmp_path: Path
 ) -> None:
     """A forward that was launched before it finished may still read that id's policy."""
     request = Request()
@@ -131,7 +131,7 @@ def test_a_finished_request_keeps_its_id_from_others_until_it_is_garbage(
 
 
 def test_a_reload_under_way_counts(
-    state: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the moment that it is staged and that in which all take it over."""
     adopt(state, load(tmp_path, FAST))
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load_format", LoadFormat, ids=lambda load_format: load_format.value)
 def test_weights_that_may_not_be_the_checkpoints_are_unknown(
-    load_format: LoadFormat, state: Runtime, monkeypatch: pytest.MonkeyPatch
+    load_format: LoadFormat, state: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether a server starts with them or an update asks for them."""
     flags = ServerArgs(model_path=str(demo.MODEL), load_format=load_format.value)

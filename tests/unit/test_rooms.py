@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "runtime": {"policies", "kernels", "config", *GROUND - {"text"}},
     "engine": {"errors", "environment"},
     "serving": {"errors", "environment", "config"},
-    "cpu": {"errors", "environment", "kernels", "engine", "serving", "demo", "runtime"},
+    "cpu": {"errors", "environment", "kernels", "engine", "serving", "demo"},
     "integration": {
         *("policies", "kernels", "config", "runtime", "engine", "cpu"),
         *GROUND - {"text"},

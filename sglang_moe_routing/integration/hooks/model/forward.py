@@ -18,14 +18,14 @@ from ...marks import PLAN
 def around(
     original: Callable[..., Any], self: Any, forward_batch: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    state = runtime.current()
     plan = getattr(forward_batch, PLAN, None)
     if self.is_draft_worker or plan is None:
         return original(self, forward_batch, *args, **kwargs)
-    with ends_on_error(is_serving=True), state.forward(plan):
+    model = runtime.current().model
+    with ends_on_error(is_serving=True), model.forward(plan):
         output = original(self, forward_batch, *args, **kwargs)
         if not output.can_run_graph:
-            state.check_every_layer_asked()
+            model.check_every_layer_asked()
         return output
 
 

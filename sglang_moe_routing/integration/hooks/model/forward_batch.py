@@ -21,7 +21,7 @@ def after(
     forward_batch: Any, cls: type, batch: Any, model_runner: Any, *args: Any, **kwargs: Any
 ) -> None:
     if not model_runner.is_draft_worker:
-        runtime.current().has_run = True
+        runtime.current().model.has_run = True
         setattr(forward_batch, PLAN, make_plan(batch, forward_batch.batch_size))
 
 

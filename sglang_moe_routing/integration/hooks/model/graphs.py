@@ -24,8 +24,8 @@ from ....engine.hooking import Hook
 def around_capture(original: Callable[..., Any], self: Any) -> Any:
     if self.model_runner.is_draft_worker:
         return original(self)
-    state = runtime.current()
-    with ends_on_error(), state.reading, state.capture():
+    model = runtime.current().model
+    with ends_on_error(), model.reading, model.capture():
         return original(self)
 
 
@@ -43,14 +43,14 @@ def around_capture_shape(
 
     @functools.wraps(forward)  # SGLang reads its parameters
     def checked(*inputs: Any, **options: Any) -> Any:
-        with runtime.current().graph_forward(name):
+        with runtime.current().model.graph_forward(name):
             return forward(*inputs, **options)
 
     return original(self, size, checked, *args, **kwargs)
 
 
 def around_can_run(original: Callable[..., Any], self: Any, forward_batch: Any) -> Any:
-    plan = runtime.current().plan
+    plan = runtime.current().model.plan
     if plan is not None and plan.reroutes:
         return False
     return original(self, forward_batch)

@@ -6,13 +6,14 @@ accounted for) and graphs are not captured. An exception here stops the server.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from sglang.srt.distributed import get_tp_group
 
-from .... import runtime
+from .... import environment, runtime
 from ....engine.fatal import ends_on_error
 from ....engine.hooking import Hook
 from ....runtime.metrics import Exporter
@@ -29,6 +30,10 @@ def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
     result = original(self, *args, **kwargs)
     with ends_on_error():
         attach(runtime.current(), self)
+    if os.environ.get(environment.EMULATE_GRAPHS) == "1":
+        from ....cpu.emulated_graphs import EmulatedGraphBackend
+
+        EmulatedGraphBackend.as_captured = staticmethod(runtime.current().model.as_captured)
     if self.server_args.enable_metrics and get_tp_group().rank_in_group == 0:
         Exporter(runtime.current(), torch.device(self.device)).start()
     return result

@@ -35,7 +35,7 @@ def before(
     layer = getattr(topk_config, LAYER, None)
     if layer is not None:
         layer.follow_bias(topk_config.correction_bias)
-        runtime.current().reroute(layer, topk_ids, topk_weights, router_logits)
+        runtime.current().model.reroute(layer, topk_ids, topk_weights, router_logits)
 
 
 def after_select(

@@ -17,13 +17,14 @@ from .reload import FOLLOWER
 
 def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     state = runtime.current()
-    layers = state.statistics.read() if state.statistics else None
+    model = state.model
+    counts = model.statistics
     result.internal_state[KEY] = {
         "config_sha256": state.loaded.sha256,
-        "kernels": state.kernels,
-        "experts": state.experts,
-        "layers": layers,
-        "policies": state.row_counts.read() if state.row_counts else None,
+        "kernels": model.kernels,
+        "experts": model.experts,
+        "layers": counts.read() if counts else None,
+        "policies": counts.rows.read() if counts else None,
         ERROR: FOLLOWER.error,
     }
 

@@ -82,7 +82,7 @@ def _salt(cache_key: str, group: str, given: str | None) -> str | None:
     return f"{CACHE_PREFIX}|{given}" if given and given.startswith(CACHE_PREFIX) else given
 
 
-def _policy_id(state: runtime.Runtime, name: object) -> int:
+def _policy_id(state: runtime.Process, name: object) -> int:
     if not isinstance(name, str) or name not in state.ids.of_name:
         known = ", ".join(state.config.names)
         raise RoutingRequestError(
@@ -91,7 +91,7 @@ def _policy_id(state: runtime.Runtime, name: object) -> int:
     return state.ids.of_name[name]
 
 
-def _group(state: runtime.Runtime, name: object) -> str:
+def _group(state: runtime.Process, name: object) -> str:
     """The HTTP process named it from the config; anything else comes from a front end of others."""
     if not isinstance(name, str) or name not in state.config.isolation.groups:
         raise RoutingRequestError(f"unknown isolation group {name!r}", reason="reserved")

@@ -41,7 +41,7 @@ def around_disk(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     _lose("an update from disk that failed")
     result = original(self, recv_req)
     if result.success and self._session is None:  # a session may change them further
-        runtime.current().weights = new
+        runtime.current().model.weights = new
     return result
 
 
@@ -99,7 +99,7 @@ def _problem(new: ServedWeights) -> str:
 
 def _lose(how: str) -> None:
     """Forget which weights are served, before they change: a failure may leave parts of both."""
-    runtime.current().weights = unknown(how)
+    runtime.current().model.weights = unknown(how)
 
 
 HOOKS = (
