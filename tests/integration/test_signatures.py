@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -141,8 +142,8 @@ def test_a_symbol_that_is_gone_is_shown_whole() -> None:
 
 
 def test_modules_whose_names_are_made_on_demand_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = ModuleType("lazy_example")
-    lazy.__file__ = str(Path(__file__))
-    lazy.__getattr__ = {"anything": 3}.__getitem__  # type: ignore[method-assign]
+    lazy: Any = ModuleType("lazy_example")
+    exec("def __getattr__(name):\n    return {'anything': 3}[name]", vars(lazy))
+    lazy.__path__ = []
     monkeypatch.setitem(sys.modules, "lazy_example", lazy)
     assert signatures.find("lazy_example.anything") == 3
