@@ -18,8 +18,8 @@ from tests.endpoints import MESSAGES, OTHER_MODELS
 from .conftest import HEADER, Running
 
 HAS_CHAT = Version(version("sglang")) >= Version("0.5.23")
-"""Older releases answer /api/chat with 500, with or without this package: they take what transformers'
-chat template returns for a list."""
+"""Older releases answer /api/chat with 500, with or without this package: they take what the chat
+template of transformers 5 returns for a list."""
 ANSWERING = [path for path in ENDPOINTS if path != "/api/chat" or HAS_CHAT]
 
 AVAILABLE = "vanilla, oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3"
