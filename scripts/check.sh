@@ -12,7 +12,7 @@ say "ruff"
 say "mypy"
 "$venv/bin/mypy"
 say "shellcheck"
-"$venv/bin/shellcheck" -x scripts/*.sh .ci/run
+"$venv/bin/shellcheck" -x scripts/*.sh scripts/models/*.sh .ci/run
 say "generated files"
 "$venv/bin/python" scripts/make_schema.py --check
 "$venv/bin/python" scripts/make_reference.py --check

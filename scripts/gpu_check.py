@@ -354,22 +354,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="?",
         default=default,
-        help="the JSON file; gpu-check.json in $OUT, or here, if absent",
+        help="JSON file to write; gpu-check.json in $OUT, or here, if absent.",
     )
     parser.add_argument(
         "--cpu",
         action="store_true",
-        help="what needs no GPU, with emulated graphs: tries the steps",
+        help="Run what needs no GPU, with emulated graphs, to try the steps.",
     )
     parser.add_argument(
-        "--only", action="append", choices=STEPS, help="run this step; may be given several times"
+        "--only", action="append", choices=STEPS, help="Run this step; may be given several times."
     )
     parser.add_argument(
         "--server-flags",
         type=shlex.split,
         default=[],
         metavar="FLAGS",
-        help="further flags of the servers, in one argument, such as '--attention-backend triton'",
+        help="Further flags of the servers, in one argument, such as '--attention-backend triton'.",
     )
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # the process of a step
     return parser.parse_args(arguments)

@@ -13,7 +13,9 @@ registers. Figures recorded with another version of nvcc are not compared.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -63,6 +65,9 @@ INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "VOTE": ("VOTE", "VOTEU"),
 }
 TOTAL = "total"  # without the NOPs that pad the code
+SASS = (*INSTRUCTIONS, TOTAL)
+RESOURCES = ("registers", "spill_bytes", "stack_bytes", "shared_bytes")  # of a `Kernel`
+SIZE = re.compile(r", (\d+)>$")
 
 # Has all instances.
 PROGRAM = """\
@@ -318,30 +323,69 @@ def read(path: Path) -> Figures | None:
     if not path.exists():
         return None
     content = json.loads(path.read_text())
-    return Figures(
-        content["nvcc"],
-        {
-            architecture: {name: Kernel(**numbers) for name, numbers in kernels.items()}
-            for architecture, kernels in content["architectures"].items()
-        },
-    )
+    found: dict[str, dict[str, Kernel]] = {}
+    for architecture, family, sizes, *columns in content["rows"]:
+        for position, name in enumerate(_names(family, sizes)):
+            numbers = [c[position] if isinstance(c, list) else c for c in columns]
+            sass = dict(zip(SASS, numbers[len(RESOURCES) :], strict=True))
+            found.setdefault(architecture, {})[name] = Kernel(*numbers[: len(RESOURCES)], sass)
+    return Figures(content["nvcc"], found)
 
 
 def write(figures: Figures, path: Path) -> None:
-    path.write_text(json.dumps(asdict(figures), indent=2, sort_keys=True) + "\n")
+    """One row for all sizes of a kernel; a number stands for all of them, a list for each."""
+    head = {
+        "command": f"python {COMMAND}",
+        "config": " ".join(FLAGS),
+        "commit": _commit(),
+        "date": str(datetime.date.today()),
+        "machine": "none: compiled, not run",
+        "nvcc": figures.nvcc,
+        "columns": ["architecture", "kernel", "experts a lane", *RESOURCES, *SASS],
+    }
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    rows = ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in _rows(figures))
+    path.write_text("{\n " + ",\n ".join([*lines, f'"rows": [\n  {rows}\n ]']) + "\n}\n")
+
+
+def _rows(figures: Figures) -> Iterator[list[Any]]:
+    for architecture, kernels in sorted(figures.architectures.items()):
+        for family, mine in itertools.groupby(sorted(kernels, key=_by_size), _family):
+            names = list(mine)
+            sizes = [int(size[1]) for name in names if (size := SIZE.search(name))]
+            numbers = [[*_resources(kernels[n]), *kernels[n].sass.values()] for n in names]
+            columns = zip(*numbers, strict=True)
+            yield [architecture, family, sizes, *(c[0] if len({*c}) == 1 else c for c in columns)]
+
+
+def _family(name: str) -> str:
+    """Such as route_one_block<packed>."""
+    return SIZE.sub(">", name)
+
+
+def _names(family: str, sizes: Sequence[int]) -> list[str]:
+    return [f"{family[:-1]}, {size}>" for size in sizes] or [family]
+
+
+def _resources(kernel: Kernel) -> list[int]:
+    return [getattr(kernel, name) for name in RESOURCES]
+
+
+def _commit() -> str:
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def summary(figures: Figures) -> str:
     """Registers on each architecture and instructions on one, a line for each kernel."""
-    kinds = [*INSTRUCTIONS, TOTAL]
     names = sorted({name for _, name, _ in _each(figures)}, key=_by_size)
     architectures = [name for name in ARCHITECTURES if name in figures.architectures]
-    rows = [["registers on", *architectures, f"{SUMMARY_ARCHITECTURE}:", *kinds]]
+    rows = [["registers on", *architectures, f"{SUMMARY_ARCHITECTURE}:", *SASS]]
     for name in names:
         found = [figures.architectures[a].get(name) for a in architectures]
         counts = figures.architectures[SUMMARY_ARCHITECTURE][name].sass
         registers = [str(kernel.registers) if kernel else "-" for kernel in found]
-        rows.append([name, *registers, "", *(str(counts[kind]) for kind in kinds)])
+        rows.append([name, *registers, "", *(str(counts[kind]) for kind in SASS)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -356,8 +400,8 @@ def summary(figures: Figures) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--check", action="store_true", help="compile and compare; write nothing")
-    choice.add_argument("--summary", action="store_true", help="print the recorded figures")
+    choice.add_argument("--check", action="store_true", help="Compile and compare; write nothing.")
+    choice.add_argument("--summary", action="store_true", help="Print the recorded figures.")
     options = parser.parse_args(arguments)
     recorded = read(FIGURES)
     if options.summary:

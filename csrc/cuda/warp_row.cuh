@@ -1,7 +1,7 @@
 // One row on one warp. Expert j lives in lane j % 32; slot t of the row lives in lane t.
 #pragma once
 #include "moe_routing/row.h"
-#include "simt/simt.h"
+#include "portable.cuh"
 
 namespace moe_routing::cuda {
 

@@ -24,7 +24,7 @@ def op(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the router logits.")
     ] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Either cpu or cuda; cuda if present.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds to take the median of.", min=2)] = 15,
     threads: Annotated[int, typer.Option(help="Threads of torch on a CPU.", min=1)] = 1,
     json: Json = False,

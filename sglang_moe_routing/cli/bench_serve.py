@@ -23,22 +23,20 @@ from ..errors import EngineError
 from ..serving.load import served_policies
 from ..serving.machine import describe_machine
 from ..serving.server import running_server
+from .options import ApiKey, Cpu, Policies, Temperature
 from .output import Json, clear_errors, command_line, console, errors, print_json, wanted_policies
 
 
 def serve(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(help="Model folder or name; of the tokenizer with --url.")
+        str | None, typer.Argument(help="Model folder or name; with --url, whose tokenizer to use.")
     ] = None,
     routing_config: Annotated[
         Path | None,
         typer.Option(help="Routing config (YAML) of the server; configs/bench.yaml if absent."),
     ] = None,
-    policies: Annotated[
-        str | None,
-        typer.Option(help="Policies to compare, separated by commas; all choosable if absent."),
-    ] = None,
+    policies: Policies = None,
     concurrency: Annotated[
         int, typer.Option(min=1, help="Requests in flight.")
     ] = Settings.concurrency,
@@ -50,22 +48,12 @@ def serve(
         int | None, typer.Option(min=1, help="Requests of a run; twice the concurrency if absent.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Runs under each policy.")] = Settings.rounds,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="Sampling temperature.")
-    ] = Settings.temperature,
+    temperature: Temperature = Settings.temperature,
     url: Annotated[
         str | None, typer.Option(help="Root of a running server; starts one if absent.")
     ] = None,
-    api_key: Annotated[
-        str, typer.Option(help="API key of the server.", envvar="OPENAI_API_KEY")
-    ] = "none",
-    cpu: Annotated[
-        bool | None,
-        typer.Option(
-            "--cpu/--no-cpu",
-            help="Use the portable CPU platform; by default where there is no accelerator.",
-        ),
-    ] = None,
+    api_key: ApiKey = "none",
+    cpu: Cpu = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for result, raw results and logs; else temporary.")
     ] = None,

@@ -33,10 +33,10 @@ def calibrate(
             help="Text, JSONL or Parquet file, or data set NAME:CONFIG@SPLIT; repeat for more.",
         ),
     ] = None,
-    metric: Annotated[Metric, typer.Option(help="What makes experts alike.")] = "routed",
-    num_sequences: Annotated[int, typer.Option(min=1, help="Sequences of text.")] = 400,
+    metric: Annotated[Metric, typer.Option(help="Measure of how alike experts are.")] = "routed",
+    num_sequences: Annotated[int, typer.Option(min=1, help="Number of sequences of text.")] = 400,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens of a sequence.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of sequences.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of sequences.")] = 0,
     text_column: Annotated[str, typer.Option(help="Column of a table that holds text.")] = "text",
     name: Annotated[
         str | None, typer.Option(help="The model's name in the artifact; MODEL's if absent.")
@@ -47,10 +47,10 @@ def calibrate(
     device: Annotated[str, typer.Option(help="Torch device, such as cpu or cuda:1.")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="To compute in; auto is the checkpoint's."),
+        typer.Option(help="Type to compute in; auto is the checkpoint's."),
     ] = "auto",
     stored_dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="Of the matrices in the artifact.")
+        Literal["float32", "float16"], typer.Option(help="Type of the matrices in the artifact.")
     ] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward.")] = 8,
     restart: Annotated[

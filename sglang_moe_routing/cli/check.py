@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .. import environment
 from ..checkpoint import find_checkpoint, moe_layers, read_headers
 from ..config import bundled_config
 from ..engine.report import Inspection
@@ -19,6 +18,7 @@ from ..errors import CheckpointError, RoutingError, describe
 from ..policies import Sizes
 from ..serving.server import server_environment
 from .evaluate import model_sizes
+from .options import ServedConfig
 from .output import Json, console, print_json
 
 _PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
@@ -26,13 +26,7 @@ _COLOURS = {"+": "green", "-": "red"}
 
 
 def check(
-    routing_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Routing config (YAML); configs/default.yaml if absent.",
-            envvar=environment.CONFIG,
-        ),
-    ] = None,
+    routing_config: ServedConfig = None,
     model: Annotated[
         str | None,
         typer.Option(help="Checkpoint that the policies must fit, a folder or in the local cache."),

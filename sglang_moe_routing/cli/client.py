@@ -13,15 +13,13 @@ from rich.table import Table
 
 from .. import demo as assets
 from ..serving.load import Job, Load, LoadClient, served_policies
+from .options import ApiKey, Policies, Temperature
 from .output import Json, clear_errors, console, errors, fail, print_json
 
 
 def client(
     url: Annotated[str, typer.Option(help="Root of the server.")] = "http://127.0.0.1:30000",
-    policies: Annotated[
-        str | None,
-        typer.Option(help="Policies to compare, separated by commas; all choosable if absent."),
-    ] = None,
+    policies: Policies = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Prompt to send; may be given several times.")
     ] = None,
@@ -31,10 +29,8 @@ def client(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per answer.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature.")] = 0.0,
-    api_key: Annotated[
-        str, typer.Option(help="API key of the server.", envvar="OPENAI_API_KEY")
-    ] = "none",
+    temperature: Temperature = 0.0,
+    api_key: ApiKey = "none",
     json: Json = False,
 ) -> None:
     """Send the same prompts at once under each policy; show speed, active experts and answers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,7 @@ from ..policies import Policy
 from ..serving.machine import describe_machine
 from ..serving.server import running_server
 from ..text import TokenizedText, load_tokenizer, read_text
+from .options import Cpu, Policies
 from .output import (
     Json,
     check_matplotlib,
@@ -44,18 +46,21 @@ Data = Annotated[
 PrefixLen = Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens that are scored after each prompt.")]
 NumSequences = Annotated[int, typer.Option(min=1, help="Sequences, from all sources together.")]
-Seed = Annotated[int, typer.Option(help="Of the choice of sequences and their batches.")]
+Seed = Annotated[int, typer.Option(help="Seed of the choice of sequences and their batches.")]
 TextColumn = Annotated[str, typer.Option(help="Column of a table that holds the text.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the tokenizer brings.")
 ]
-Cpu = Annotated[
-    bool | None,
-    typer.Option(
-        "--cpu/--no-cpu",
-        help="Use the portable CPU platform; by default where there is no accelerator.",
-    ),
-]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which sequences are measured, and how they are cut."""
+
+    prefix_len: int
+    max_tokens: int
+    num_sequences: int
+    seed: int
 
 
 def evaluate(
@@ -64,10 +69,7 @@ def evaluate(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the report.", file_okay=False)],
     routing_config: Annotated[Path, typer.Option(help="Routing config (YAML).")],
-    policies: Annotated[
-        str | None,
-        typer.Option(help="Policies to measure, separated by commas; all choosable if absent."),
-    ] = None,
+    policies: Policies = None,
     batch_sizes: Annotated[str, typer.Option(help="Sequences per batch.")] = "1,4,8,16,32",
     prefix_len: PrefixLen = 64,
     max_tokens: MaxTokens = 96,
@@ -103,16 +105,8 @@ def evaluate(
         sizes = sorted(set(numbers(batch_sizes, "--batch-sizes")))
         to_compare = parse_pairs(pairs or (), dict.fromkeys((VANILLA, *names)))
         times = read_bench(bench)
-        text = tokenized(
-            model,
-            data,
-            prefix_len=prefix_len,
-            max_tokens=max_tokens,
-            num_sequences=num_sequences,
-            seed=seed,
-            column=text_column,
-            trust_remote_code=trust_remote_code,
-        )
+        sampling = Sampling(prefix_len, max_tokens, num_sequences, seed)
+        text = tokenized(model, data, sampling, text_column, trust_remote_code)
         wanted = list(cases(names, sizes, same_domain=same_domain, vanilla_share=vanilla_share))
         check_cases(text, seed, wanted)
         out.mkdir(parents=True, exist_ok=True)
@@ -120,11 +114,8 @@ def evaluate(
             "data": [Path(source).name for source in data],
             "text_sha256": text.sha256,
             "batch_sizes": sizes,
-            "prefix_len": prefix_len,
-            "max_tokens": max_tokens,
-            "num_sequences": num_sequences,
+            **asdict(sampling),
             "vanilla_share": vanilla_share,
-            "seed": seed,
             "server_options": context.args,
         }
         result = Result(out / "results.json", header(model, settings), to_compare)
@@ -134,9 +125,8 @@ def evaluate(
                 model,
                 routing_config,
                 text,
-                prefix_len=prefix_len,
+                sampling,
                 batch_size=max(sizes),
-                seed=seed,
                 flags=context.args,
                 cpu=cpu,
                 log=out / "server.log",
@@ -169,23 +159,15 @@ def read_bench(file: Path | None) -> Mapping[str, Any] | None:
 
 
 def tokenized(
-    model: str,
-    data: Sequence[str],
-    *,
-    prefix_len: int,
-    max_tokens: int,
-    num_sequences: int,
-    seed: int,
-    column: str,
-    trust_remote_code: bool,
+    model: str, data: Sequence[str], sampling: Sampling, column: str, trust_remote_code: bool
 ) -> TokenizedText:
     """The text to measure on. Raises `TextError`, also if it does not suit the model."""
     text = read_text(
         data,
         load_tokenizer(model, trust_remote_code),
-        num_sequences=num_sequences,
-        sequence_length=prefix_len + 1 + max_tokens,
-        seed=seed,
+        num_sequences=sampling.num_sequences,
+        sequence_length=sampling.prefix_len + 1 + sampling.max_tokens,
+        seed=sampling.seed,
         column=column,
     )
     _check_vocabulary(model, int(text.token_ids.max()), trust_remote_code)
@@ -255,10 +237,9 @@ def measuring(
     model: str,
     routing_config: Path,
     text: TokenizedText,
+    sampling: Sampling,
     *,
-    prefix_len: int,
     batch_size: int,
-    seed: int,
     flags: Sequence[str],
     cpu: bool | None,
     log: Path,
@@ -270,7 +251,7 @@ def measuring(
             running_server(
                 model,
                 config=routing_config,
-                flags=[*server_flags(batch_size, prefix_len), *flags],
+                flags=[*server_flags(batch_size, sampling.prefix_len), *flags],
                 environment={environment.FORCE: "1"},
                 log=log,
                 cpu=cpu,
@@ -278,7 +259,7 @@ def measuring(
             )
         )
         decoder = stack.enter_context(ForcedDecoder(server.url, server.check))
-        yield Evaluation(decoder, text, prefix_len, seed)
+        yield Evaluation(decoder, text, sampling.prefix_len, sampling.seed)
 
 
 @contextmanager
@@ -309,15 +290,36 @@ def _family(policy: Policy, artifact: str | None) -> str:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    for section in dict.fromkeys(row["section"] for row in rows):
-        table = Table(title=section.replace("_", " "), box=box.SIMPLE, collapse_padding=True)
-        table.add_column("policy", overflow="fold")
-        for title in ("batch", "CE", "delta", "95 % interval", "agree %", "T", "T\nbase"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in rows:
-            if row["section"] == section:
-                table.add_row(row["policy"], *_cells(row))
+    """One table of policies for each section."""
+    columns = ("batch", "CE", "delta", "95 % interval", "agree %", "T", "T\nbase")
+    for section, mine in _by_section(rows):
+        table = _table(section, "policy", columns)
+        for row in mine:
+            table.add_row(row["policy"], *_cells(row))
         console.print(table)
+
+
+def print_pairs(compared: Sequence[Mapping[str, Any]]) -> None:
+    """One table of paired differences for each section."""
+    columns = ("batch", "CE", "95 % interval", "T", "T\nsecond", "")
+    for section, mine in _by_section(compared):
+        table = _table(f"pairs of {section}", "first\n- second", columns)
+        for row in mine:
+            table.add_row(f"{row['first']}\n- {row['second']}", *_pair_cells(row))
+        console.print(table)
+
+
+def _by_section(rows: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    for section in dict.fromkeys(row["section"] for row in rows):
+        yield section.replace("_", " "), [row for row in rows if row["section"] == section]
+
+
+def _table(title: str, first: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
 
 
 def _cells(row: Row) -> Iterator[str]:
@@ -328,20 +330,6 @@ def _cells(row: Row) -> Iterator[str]:
     yield f"{100 * row['agreement']:.1f}"
     yield f"{row['active_experts']:.2f}"
     yield f"{row['active_experts_base']:.2f}"
-
-
-def print_pairs(compared: Sequence[Mapping[str, Any]]) -> None:
-    for section in dict.fromkeys(row["section"] for row in compared):
-        title = f"pairs of {section.replace('_', ' ')}"
-        table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
-        table.add_column("first\n- second", overflow="fold")
-        for title in ("batch", "CE", "95 % interval", "T", "T\nsecond"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for row in compared:
-            if row["section"] == section:
-                table.add_row(f"{row['first']}\n- {row['second']}", *_pair_cells(row))
-        console.print(table)
 
 
 def _pair_cells(row: Mapping[str, Any]) -> Iterator[str]:

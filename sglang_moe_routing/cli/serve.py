@@ -14,6 +14,7 @@ from ..config import bundled_config, load_config
 from ..errors import CheckpointError, EngineError
 from ..integration import listening
 from ..serving.server import flag_value, server_command, server_environment
+from .options import Cpu, ServedConfig
 from .output import clear_errors, errors
 
 DEFAULT_HOST = "127.0.0.1"
@@ -23,20 +24,8 @@ DEFAULT_HOST = "127.0.0.1"
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder or Hugging Face name.")],
-    routing_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Routing config (YAML); configs/default.yaml if absent.",
-            envvar=environment.CONFIG,
-        ),
-    ] = None,
-    cpu: Annotated[
-        bool | None,
-        typer.Option(
-            "--cpu/--no-cpu",
-            help="Use the portable CPU platform; by default where there is no accelerator.",
-        ),
-    ] = None,
+    routing_config: ServedConfig = None,
+    cpu: Cpu = None,
     cpu_experts: Annotated[
         Literal["auto", "native", "torch"],
         typer.Option(

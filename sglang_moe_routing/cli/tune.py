@@ -29,12 +29,12 @@ from ..evaluation.tune import (
 )
 from ..evaluation.tune import tune as search_and_confirm
 from .evaluate import (
-    Cpu,
     Data,
     MaxTokens,
     Model,
     NumSequences,
     PrefixLen,
+    Sampling,
     Seed,
     TextColumn,
     TrustRemoteCode,
@@ -44,6 +44,7 @@ from .evaluate import (
     normalizes,
     tokenized,
 )
+from .options import Cpu
 from .output import Json, clear_errors, errors, numbers, print_json
 
 ARTIFACT = "calibrated"
@@ -55,7 +56,7 @@ def tune(
     data: Data,
     out: Annotated[Path, typer.Option(help="Routing config to write.", dir_okay=False)],
     max_ce_increase: Annotated[
-        float, typer.Option(min=0.0, help="Of the cross-entropy, as a share: 0.01 is 1 %.")
+        float, typer.Option(min=0.0, help="Largest increase of the cross-entropy, as a share.")
     ] = 0.01,
     batch_sizes: Annotated[str, typer.Option(help="Sequences per batch.")] = "4,16",
     kinds: Annotated[
@@ -73,7 +74,9 @@ def tune(
     text_column: TextColumn = "text",
     trust_remote_code: TrustRemoteCode = False,
     cpu: Cpu = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the config.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a config that is there already.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Search policies on one half of the text, confirm on the other, write a routing config.
@@ -91,16 +94,8 @@ def tune(
             normalizes=normalizes(model, trust_remote_code),
             metric=metric,
         )
-        text = tokenized(
-            model,
-            data,
-            prefix_len=prefix_len,
-            max_tokens=max_tokens,
-            num_sequences=num_sequences,
-            seed=seed,
-            column=text_column,
-            trust_remote_code=trust_remote_code,
-        )
+        sampling = Sampling(prefix_len, max_tokens, num_sequences, seed)
+        text = tokenized(model, data, sampling, text_column, trust_remote_code)
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe-routing-tune-")))
         config = work / "candidates.yaml"
         config.write_text(yaml.safe_dump(_config(candidates(found), similarity, work)))
@@ -112,9 +107,8 @@ def tune(
                 model,
                 config,
                 first,
-                prefix_len=prefix_len,
+                sampling,
                 batch_size=max(sizes),
-                seed=seed,
                 flags=context.args,
                 cpu=cpu,
                 log=work / "server.log",
@@ -133,10 +127,7 @@ def tune(
             "data": [Path(source).name for source in data],
             "text_sha256": text.sha256,
             "max_ce_increase": max_ce_increase,
-            "prefix_len": prefix_len,
-            "max_tokens": max_tokens,
-            "num_sequences": num_sequences,
-            "seed": seed,
+            **asdict(sampling),
             "server_options": context.args,
         }
         about = header(model, settings)

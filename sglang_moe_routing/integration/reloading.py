@@ -136,7 +136,7 @@ def _refuse_fixed(config: RoutingConfig, loaded: LoadedConfig) -> None:
         )
 
 
-class Follower:
+class Participant:
     """A scheduler's part in reloads."""
 
     def __init__(self) -> None:

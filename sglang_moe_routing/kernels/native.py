@@ -210,8 +210,7 @@ def _fingerprint(backend: Backend) -> str:
     """Digest of what goes into a binary, but for tools and CUDA architectures."""
     digest = hashlib.sha256()
     folder = sources()
-    rooms = ["include", backend] + (["simt"] if backend == "cuda" else [])
-    for path in sorted(p for room in rooms for p in (folder / room).rglob("*.*")):
+    for path in sorted(p for room in ("include", backend) for p in (folder / room).rglob("*.*")):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
     flags = (*_host_flags(backend), *_CUDA_FLAGS)
     described = (flags, version("apache-tvm-ffi"), platform.machine())

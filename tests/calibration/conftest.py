@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from scripts import make_tiny_models
+from scripts.models import make_tiny_models
 from sglang_moe_routing.calibration.calibrate import Calibration
 from sglang_moe_routing.calibration.metrics import METRICS
 from sglang_moe_routing.calibration.streaming import StreamedModel

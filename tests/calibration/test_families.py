@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scripts import make_tiny_models
+from scripts.models import make_tiny_models
 from sglang_moe_routing.artifacts import METRICS as STORED
 from sglang_moe_routing.artifacts import load_artifact
 from sglang_moe_routing.calibration import metrics

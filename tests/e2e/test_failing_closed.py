@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import make_tiny_models
+from scripts.models import make_tiny_models
 from sglang_moe_routing import demo
 from sglang_moe_routing.serving.server import server_command, server_environment, stop_server
 

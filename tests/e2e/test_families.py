@@ -26,7 +26,7 @@ from tests.recorded import check_call
 
 from .conftest import HEADER, Running
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_models.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "models" / "make_tiny_models.py"
 
 CONFIG = """
 version: 1

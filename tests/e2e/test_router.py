@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from scripts import router_grouping as grouping
+from scripts.studies import router_grouping as grouping
 from sglang_moe_routing import demo
 
 from .conftest import CONFIG, HEADER, Running

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from rich.console import Console
 
-from scripts.soak import answers, asks, checks, figures, readings
+from tests.soak import answers, asks, checks, figures, readings
 
 from .conftest import HEADER, Running
 
@@ -46,7 +46,7 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sizes = ["--concurrency", "4", "24", "--seconds", "15", "--warm-up-seconds", "10"]
     sizes += ["--reload-every", "4"]
     pool = ["--max-total-tokens", "1024", "--log", str(out.with_name("server.log"))]
-    command = [sys.executable, "-m", "scripts.soak", *sizes, *pool, "--out", str(out)]
+    command = [sys.executable, "-m", "tests.soak", *sizes, *pool, "--out", str(out)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     return json.loads(out.read_text())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import make_tiny_models
+from scripts.models import make_tiny_models
 from sglang_moe_routing.artifacts import load_artifact
 from sglang_moe_routing.calibration.metrics import METRICS
 from tests.calibration.conftest import calibration

@@ -138,7 +138,7 @@ def test_a_reload_under_way_counts(
     coming = load(tmp_path, SERE)
     artifacts = used_artifacts(coming)
     staged = Staged(coming, artifacts, define(coming, artifacts), ())
-    monkeypatch.setattr(hook.FOLLOWER, "staged", staged)
+    monkeypatch.setattr(hook.PARTICIPANT, "staged", staged)
     assert "was made for other weights than /other" in hook._problem(OTHER)
 
 

@@ -1,4 +1,4 @@
-"""Compile C++ programs, most against the simulator in csrc/simt, and run them."""
+"""Compile C++ programs, most against the simulator in simt/, and run them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Flavour = Literal["plain", "asan", "tsan"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SIMULATOR = CSRC / "simt" / "simt.cpp"
+KERNELS = Path(__file__).resolve().parent
+SIMULATOR = KERNELS / "simt" / "simt.cpp"
 
 COMMON_FLAGS = (
     "-std=c++17",
@@ -94,8 +95,8 @@ def build(
         sources: files with the kernels and a `main`.
         flavour: plain, asan (with UBSan) or tsan.
         defines: macros, as `NAME` or `NAME=VALUE`; the simulator gets those named SIMT_ too.
-        include: folders with headers, besides csrc and CUDA's. Their files are no part of the
-            cache's key; csrc's are.
+        include: folders with headers, besides csrc, the simulator's and CUDA's. Their files are no
+            part of the cache's key; csrc's and the simulator's are.
         csrc: a changed copy of csrc to take headers from. The simulator itself stays the same.
 
     Returns:
@@ -106,12 +107,13 @@ def build(
     """
     common = [*COMMON_FLAGS, "-isystem", str(cuda_include())]
     simulators = [f"-D{name}" for name in defines if name.startswith("SIMT_")]
-    simulator = _simulator(flavour, [*common, *simulators, f"-I{CSRC}"])
+    simulator = _simulator(flavour, [*common, *simulators, f"-I{CSRC}", f"-I{KERNELS}"])
     macros = [f"-D{name}" for name in defines]
-    folders = [f"-I{folder}" for folder in (csrc, *include)]
+    folders = [f"-I{folder}" for folder in (csrc, KERNELS, *include)]
     flags = [*common, *macros, *folders, *PROGRAM_FLAGS[flavour]]
     inputs = ["-x", "c++", *map(str, sources), "-x", "none", str(simulator)]
-    return _compile(flags, inputs, [*sources, *_files(csrc)], f"{sources[0].stem}-{flavour}")
+    contents = [*sources, *_files(csrc), *_files(SIMULATOR.parent)]
+    return _compile(flags, inputs, contents, f"{sources[0].stem}-{flavour}")
 
 
 class Source(NamedTuple):
@@ -188,7 +190,8 @@ def _simulator(flavour: Flavour, flags: Sequence[str]) -> Path:
     """The simulator's object file."""
     inputs = ["-c", str(SIMULATOR)]
     own_flags = [*flags, *SIMULATOR_FLAGS[flavour]]
-    return _compile(own_flags, inputs, _files(SIMULATOR.parent), f"simt-{flavour}.o")
+    contents = [*_files(SIMULATOR.parent), CSRC / "cuda" / "portable.cuh"]
+    return _compile(own_flags, inputs, contents, f"simt-{flavour}.o")
 
 
 def _compile(

@@ -6,7 +6,7 @@
 //
 // Exit status: 0 all results are right, 2 no such case, 3 wrong, 4 the simulator threw an error. A
 // sanitizer ends the program with a status of its own.
-#include "simt/simt.h"
+#include "cuda/portable.cuh"
 
 #include <algorithm>
 #include <cstdio>

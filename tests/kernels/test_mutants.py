@@ -85,7 +85,7 @@ ROWS_OF_PASS_1 = """row < call.num_rows; row += stride) {
 FILL = "fill_union<kPerLane>(call, shared);\n"
 
 # No build notices when the last block's reader has no fence: fences are matched with atomics
-# without regard to addresses (csrc/simt/README.md), and the block has run other atomics before.
+# without regard to addresses (simt/README.md), and the block has run other atomics before.
 SYNCHRONISATION = {
     "no_barrier_between_the_passes": Mutant(
         KERNELS,

@@ -145,7 +145,7 @@ def test_built_program_is_kept(programs: dict[str, Path], flavour: Flavour) -> N
 def test_refused_source_is_shown(tmp_path: Path, programs: dict[str, Path]) -> None:
     source = tmp_path / "plain_shared.cu"
     source.write_text(
-        '#include "simt/simt.h"\n__global__ void kernel() { __shared__ int x; x = 0; }\n'
+        '#include "cuda/portable.cuh"\n__global__ void kernel() { __shared__ int x; x = 0; }\n'
     )
     with pytest.raises(BuildError, match="shared memory is declared with SIMT_SHARED"):
         build([source], "plain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,20 @@ def test_figures_are_written_and_read(tmp_path: Path) -> None:
     script.write(figures(), path)
     assert script.read(path) == figures()
     assert ONE_BLOCK in script.summary(script.read(path))
+
+
+def test_figures_of_all_sizes_share_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    wider = replace(KERNEL, registers=80, sass={**SASS, "REDUX": 9})
+    kernels = {SETTLE: KERNEL, "settle_rows<packed, 16>": wider, "clear": KERNEL}
+    written = script.Figures("13.0.88", {"sm_80": kernels, "sm_90": kernels})
+    script.write(written, path)
+    assert script.read(path) == written
+    rows = json.loads(path.read_text())["rows"]
+    assert [row[:4] for row in rows[:2]] == [
+        ["sm_80", "clear", [], 64],
+        ["sm_80", "settle_rows<packed>", [4, 16], [64, 80]],
+    ]
 
 
 class TestCommand:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from sglang_moe_routing import demo
@@ -67,6 +71,23 @@ def test_policies_prints_tables() -> None:
     result = RUNNER.invoke(app, ["policies"])
     assert result.exit_code == 0
     assert "fast" in result.stdout
+
+
+def helps(command: click.Command, name: str) -> Iterator[tuple[str, str]]:
+    """Each command's and option's name, and the first paragraph of its help."""
+    yield name, (command.help or "").partition("\n\n")[0]
+    for option in command.params:
+        yield f"{name} {option.name}", getattr(option, "help", None) or ""
+    for word, one in getattr(command, "commands", {}).items():
+        yield from helps(one, f"{name} {word}")
+
+
+def test_every_help_text_stands_alone() -> None:
+    """Not `Of the choice of sequences.`: it starts like a sentence, and ends like one."""
+    found = dict(helps(get_command(app), "sglang-moe-routing"))
+    alone = re.compile(r"(?!(Of|To|In|For|By|With|At|On)\b)[A-Z`\d].*\.", re.DOTALL)
+    assert len(found) > 100
+    assert {name: text for name, text in found.items() if not alone.fullmatch(text)} == {}
 
 
 def test_version() -> None:

@@ -225,6 +225,18 @@ def test_documents_name_the_supported_releases() -> None:
         assert [name for name in signatures.supported() if name not in text] == [], page
 
 
+@pytest.mark.parametrize("path", sorted(DOCS.rglob("*.json")), ids=lambda path: path.name)
+def test_figures_are_summaries_that_say_how_they_were_made(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 200
+    summary = json.loads(text)
+    for name in ("command", "config", "commit", "date", "machine"):
+        assert summary[name], name
+    assert "system" not in summary["machine"]
+
+
 def test_what_is_said_to_be_tested_on_a_gpu_is_what_was_recorded() -> None:
     recorded = json.loads((DOCS / "bench/h100.json").read_text())
     said = section(read("limits.md"), "## Tested on")

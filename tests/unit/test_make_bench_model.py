@@ -1,4 +1,4 @@
-"""scripts/make_bench_model.py, at small sizes."""
+"""scripts/models/make_bench_model.py, at small sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import make_bench_model as maker
+from scripts.models import make_bench_model as maker
 
 SMALL = maker.Shape(
     layers=2,

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import tomllib
 from configparser import ConfigParser
 from email.parser import Parser
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+OF_A_MACHINE = re.compile(
+    rb"(?<![\w.}])/(?:work|workspace|root|home|Users|mnt|tmp)/[\w.-]+|Linux \d+\.\d+\.\d+-\S+"
+)
+OF_THE_IMAGE = rb"/home/serve"
 PLATFORM = ROOT / "sglang_moe_routing/cpu/distribution"
 
 
@@ -34,3 +42,28 @@ def test_the_audit_asks_no_index_for_the_platform() -> None:
         f"freeze --exclude-editable --exclude {metadata['Name']} |"
         in (ROOT / "scripts/audit.sh").read_text()
     )
+
+
+def committed() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    command = ["git", "-C", ROOT, "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_committed_file_tells_of_the_machine_that_made_it() -> None:
+    """Nor do the headers of models and pictures. Dockerfiles name paths of their own image."""
+    found = {
+        f"{path.relative_to(ROOT)}: {match[0].decode()}"
+        for path in committed()
+        if path.parent.name != "docker"
+        for match in OF_A_MACHINE.finditer(path.read_bytes())
+        if match[0] != OF_THE_IMAGE
+    }
+    assert sorted(found) == []
+
+
+def test_the_wheel_has_no_simulator() -> None:
+    """All of csrc is in the wheel."""
+    assert not [*(ROOT / "csrc").rglob("simt*")]

@@ -12,7 +12,7 @@ from .... import runtime
 from ....engine.hooking import Hook
 from ....runtime.statistics import KEY
 from ...reloading import ERROR
-from .reload import FOLLOWER
+from .reload import PARTICIPANT
 
 
 def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -25,7 +25,7 @@ def after(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         "experts": model.experts,
         "layers": counts.read() if counts else None,
         "policies": counts.rows.read() if counts else None,
-        ERROR: FOLLOWER.error,
+        ERROR: PARTICIPANT.error,
     }
 
 

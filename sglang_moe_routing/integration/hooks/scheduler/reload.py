@@ -12,15 +12,15 @@ from typing import Any
 from sglang.srt.managers.io_struct import SetInternalStateReqOutput
 
 from ....engine.hooking import Hook
-from ...reloading import Follower
+from ...reloading import Participant
 
-FOLLOWER = Follower()
+PARTICIPANT = Participant()
 
 
 def around(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
-    if not FOLLOWER.is_ours(recv_req.server_args):
+    if not PARTICIPANT.is_ours(recv_req.server_args):
         return original(self, recv_req)
-    is_done = FOLLOWER.handle(recv_req.server_args)
+    is_done = PARTICIPANT.handle(recv_req.server_args)
     return SetInternalStateReqOutput(updated=is_done)
 
 

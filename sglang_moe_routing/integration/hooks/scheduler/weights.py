@@ -29,7 +29,7 @@ from .... import runtime
 from ....engine.hooking import Hook
 from ....errors import RoutingError
 from ....runtime.weights import ServedWeights, check_former, check_weights, unknown
-from .reload import FOLLOWER
+from .reload import PARTICIPANT
 
 
 def around_disk(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
@@ -89,8 +89,8 @@ def _problem(new: ServedWeights) -> str:
     state = runtime.current()
     try:
         check_weights(state.loaded, state.artifacts, new)
-        if FOLLOWER.staged:
-            check_weights(FOLLOWER.staged.loaded, FOLLOWER.staged.artifacts, new)
+        if PARTICIPANT.staged:
+            check_weights(PARTICIPANT.staged.loaded, PARTICIPANT.staged.artifacts, new)
         check_former(state.ids.in_use(), state.artifacts, new)
     except RoutingError as error:
         return str(error)

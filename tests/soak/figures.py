@@ -92,6 +92,7 @@ def report(result: Mapping[str, Any], out: Path, console: Console) -> int:
     Returns:
         The command's status.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     show(result, console)
     return 1 if result["problems"] else 0

@@ -1,8 +1,8 @@
 """Keep a real server under mixed load for a while, and check that it stays right and lean.
 
-    python -m scripts.soak                                          # 30 s at 1, 16, 64 and 256
-    python -m scripts.soak --concurrency 64 --seconds 600           # ten minutes at 64
-    python -m scripts.soak --reload-every 5                         # with a reload every 5 s
+    python -m tests.soak                                          # 30 s at 1, 16, 64 and 256
+    python -m tests.soak --concurrency 64 --seconds 600           # ten minutes at 64
+    python -m tests.soak --reload-every 5                         # with a reload every 5 s
 
 Starts a server on loopback with a KV pool too small for the load, so that requests are retracted.
 Requests are drawn from a seed: every policy, named in every way, on three endpoints, streamed or
@@ -14,7 +14,7 @@ its KV pool after every step. With `--reload-every`, the config changes and is r
 every other version asks for one expert more in each `oea` policy and has one policy more. Status 1,
 with the problems, if anything is wrong.
 
-Writes docs/bench/soak.json. Takes levels times seconds and two to three minutes more.
+Writes build/soak.json. Takes levels times seconds and two to three minutes more.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from .checks import check_counts, check_growth, check_log, check_metrics, check_
 from .figures import report, summarize
 from .readings import Watch, read_idle, read_served
 
-OUT = Path(__file__).resolve().parents[2] / "docs" / "bench" / "soak.json"
+OUT = Path(__file__).resolve().parents[2] / "build" / "soak.json"
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
@@ -251,17 +251,25 @@ def server_flags(args: argparse.Namespace) -> list[str]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--seconds", type=float, default=30.0, help="of every level")
+    parser.add_argument("--seconds", type=float, default=30.0, help="Length of every level.")
     parser.add_argument("--warm-up-seconds", type=float, default=20.0)
-    parser.add_argument("--max-requests", type=int, default=100_000, help="of every level")
+    parser.add_argument(
+        "--max-requests", type=int, default=100_000, help="Requests of every level."
+    )
     parser.add_argument("--routing-config", type=Path, default=demo.CONFIG)
-    parser.add_argument("--policies", nargs="+", default=[], help="default: all choosable")
-    parser.add_argument("--max-total-tokens", type=int, default=4096, help="the KV pool")
+    parser.add_argument(
+        "--policies", nargs="+", default=[], help="Names of policies; all choosable by default."
+    )
+    parser.add_argument("--max-total-tokens", type=int, default=4096, help="Size of the KV pool.")
     parser.add_argument("--max-running-requests", type=int, default=256)
-    parser.add_argument("--max-growth-mib", type=float, default=64.0, help="of every process")
-    parser.add_argument("--reload-every", type=float, help="seconds; never by default")
+    parser.add_argument(
+        "--max-growth-mib", type=float, default=64.0, help="Allowed to every process."
+    )
+    parser.add_argument(
+        "--reload-every", type=float, help="Seconds between reloads; none by default."
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", type=Path, help="keep the server's log here")
+    parser.add_argument("--log", type=Path, help="Where to keep the server's log.")
     parser.add_argument("--out", type=Path, default=OUT)
     return parser.parse_args(arguments)
 

@@ -3,7 +3,7 @@
 # llama.cpp is compiled for this machine: 5 to 15 minutes, with a C++ compiler and cmake.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
-source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
 if [ $# != 1 ]; then
   echo "usage: $0 FOLDER" >&2

@@ -5,7 +5,7 @@ whose innermost Python frame is this package's, or SGLang's hook machinery. The 
 of the portable CPU platform, which run without policies too, do not count. `wrappers` is the part
 of the hook machinery, `counting` that of statistics and metrics, but for what kernels count. What
 two servers differ by from start to start does not blur this, as it does a comparison of their times
-(scripts/overhead.py).
+(scripts/studies/overhead.py).
 """
 
 from __future__ import annotations
@@ -75,15 +75,18 @@ def summarize(samples: Path) -> dict[str, Any]:
 
 
 def main(
-    policies: Annotated[list[str] | None, typer.Argument(help="default: vanilla")] = None,
+    policies: Annotated[
+        list[str] | None, typer.Argument(help="Policies of the load; vanilla by default.")
+    ] = None,
     model: Path = demo.MODEL,
     routing_config: Path = demo.CONFIG,
     concurrency: int = 8,
     num_tokens: int = 256,
     seconds: int = 60,
-    output: Path = Path("docs/bench/overhead-share.json"),
+    output: Path = Path("build/overhead-share.json"),
 ) -> None:
     """Serve, load, sample, write JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     found = {}
     prompts = demo.read_prompts()
     with tempfile.TemporaryDirectory() as scratch:

@@ -131,14 +131,17 @@ def _interval(rounds: list[list[float]]) -> dict[str, float]:
 
 
 def main(
-    comparisons: Annotated[list[str] | None, typer.Argument(help=", ".join(COMPARISONS))] = None,
+    comparisons: Annotated[
+        list[str] | None, typer.Argument(help=f"Any of {', '.join(COMPARISONS)}.")
+    ] = None,
     num_rounds: Annotated[int, typer.Option("--rounds")] = 6,
-    num_pairs: Annotated[int, typer.Option("--pairs", help="of every round")] = 10,
+    num_pairs: Annotated[int, typer.Option("--pairs", help="Pairs of every round.")] = 10,
     concurrency: int = 8,
     num_tokens: int = 256,
-    output: Path = Path("docs/bench/overhead.json"),
+    output: Path = Path("build/overhead.json"),
 ) -> None:
     """Make some comparisons (by default all), and write JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(output.read_text()) if output.exists() else {"comparisons": {}}
     for name in comparisons or COMPARISONS:
         title, policy, *servers = COMPARISONS[name]

