@@ -43,8 +43,12 @@ PLATFORM = "moe_routing_cpu"
 PLUGIN = "moe_routing"
 """Name of the routing plugin in SGLANG_PLUGINS."""
 
-SGLANG_VERSION = "0.5.23"
-"""The release that this package is written for."""
+SGLANG = "sglang>=0.5.22,<0.5.24"
+"""The releases that this package is written for, as its dependency. Each has a file in
+`engine/releases`."""
+
+INSTALL_SGLANG = f"pip install '{SGLANG}'"
+"""What to run where it is missing or another one."""
 
 EXIT_CODE = 78
 """Exit status of a server that must not start (EX_CONFIG)."""

@@ -23,7 +23,7 @@ import httpx
 import openai
 
 from ..config import DEFAULT_HEADER, VANILLA
-from ..environment import SGLANG_VERSION
+from ..environment import INSTALL_SGLANG
 from ..errors import BenchError, EngineError
 from ..serving.load import Job, LoadClient, mean_active_experts, read_counts
 
@@ -131,9 +131,7 @@ async def measure(
             was asked for, or other traffic was counted.
     """
     if importlib.util.find_spec("sglang") is None:
-        raise EngineError(
-            f"SGLang's benchmark client is missing; run: pip install sglang=={SGLANG_VERSION}"
-        )
+        raise EngineError(f"SGLang's benchmark client is missing; run: {INSTALL_SGLANG}")
     runs = []
     for number, policy in order(policies, settings.rounds):
         say(f"round {number} of {settings.rounds}: {policy}")

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -20,6 +20,9 @@ from ..serving.server import server_environment
 from .evaluate import model_sizes
 from .options import ServedConfig
 from .output import Json, console, print_json
+
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
+_COLOURS = {"+": "green", "-": "red"}
 
 
 def check(
@@ -48,7 +51,10 @@ def check(
     except (ImportError, OSError, RuntimeError) as error:
         problems = problems or [describe(error)]
     problems += [problem for problem in result.problems if problem not in problems]
-    hooks = [{"target": f.target, "ok": f.ok, "problem": f.problem} for f in result.findings]
+    hooks = [
+        {"target": f.target, "ok": f.ok, "problem": f.problem, "diff": list(f.diff)}
+        for f in result.findings
+    ]
     if json:
         print_json(
             {
@@ -67,16 +73,19 @@ def check(
         table = Table("what", "found", show_header=False)
         table.add_row("sglang", result.sglang or "not usable")
         good = sum(f.ok for f in result.findings)
-        table.add_row("SGLang symbols", f"{good} of {len(result.findings)} as expected")
+        known = f"as in {result.compared_with}" if result.compared_with else "as expected"
+        table.add_row("SGLang symbols", f"{good} of {len(result.findings)} {known}")
         table.add_row("platform", result.platform)
         kernels = f"{result.kernels} ({result.kernels_reason})" if result.kernels else "not usable"
         table.add_row("kernels", kernels)
         table.add_row("config", f"{result.config}: {', '.join(result.policies) or 'not usable'}")
         console.print(table)
+        for line in (line for finding in result.findings for line in finding.lines()):
+            console.print(line, style=_COLOURS.get(line.strip()[:1]), **_PLAIN)
         for warning in result.warnings:
-            console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+            console.print(f"warning: {warning}", style="yellow", **_PLAIN)
         for problem in problems:
-            console.print(f"problem: {problem}", style="red", highlight=False, soft_wrap=True)
+            console.print(f"problem: {problem}", style="red", **_PLAIN)
         if not problems:
             console.print("all good", style="green")
     raise typer.Exit(1 if problems else 0)

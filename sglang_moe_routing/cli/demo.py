@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -154,7 +155,7 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
     for answer in mixed.answers:
         by_policy.setdefault(answer.job.policy, []).append(answer)
     return {
-        "sglang": environment.SGLANG_VERSION,
+        "sglang": version("sglang"),
         "device": _device(),
         "model": "demo",
         "policies": {name: _load_as_json(load) for name, load in outcome.loads.items()},

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
+from sglang.srt.model_executor.runner import decode_cuda_graph_runner
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
 
@@ -63,17 +65,26 @@ class EmulatedDecodeGraphRunner(DecodeCudaGraphRunner):  # type: ignore[misc]  #
         backend.get_cuda_graph_seq_len_fill_value = lambda: 1
         super().__init__(model_runner, **kwargs)
 
-    def _capture(self) -> None:
-        self.buffers.seq_lens.fill_(self.seq_len_fill_value)
-        self.buffers.seq_lens_cpu.fill_(self.seq_len_fill_value)
-        self.buffers.reset_index_buffers()
-        self.stream = None
+    def warmup(self) -> None:
+        pass
+
+    def _capture_one_stream(self, stream_idx: int | None = None) -> None:
         self.compile_bs: list[int] = []
-        with self.backend.capture_session(None):
-            self._capture_one_stream()
+        super()._capture_one_stream(stream_idx)
 
     def _run_in_graph_metadata_prep(self, attn_backend: Any, forward_batch: Any) -> None:
         pass
 
+    def _record_in_graph_metadata_prep_done(self) -> None:  # of 0.5.22
+        pass
+
     def _resolve_shared_read_ends(self, attn_backend: Any, mode: Any) -> None:
         return None
+
+
+def _graph_capture(stream: None) -> AbstractContextManager[SimpleNamespace]:
+    return contextlib.nullcontext(SimpleNamespace(stream=stream))
+
+
+decode_cuda_graph_runner.graph_capture = _graph_capture
+decode_cuda_graph_runner.get_or_create_global_graph_capture_stream = lambda: None

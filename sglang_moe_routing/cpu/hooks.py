@@ -44,13 +44,11 @@ def refuse_release(self: Any, obj: Any, request: Any = None) -> NoReturn:
 HOOKS = (
     Hook(
         target="sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
-        parameters=("model_config", "load_config", "tp_size"),
         kind="around",
         function=keep_sizes,
     ),
     Hook(
         target="sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.create_moe_runner",
-        parameters=("self", "layer", "moe_runner_config"),
         kind="around",
         function=choose_at_start,
     ),
@@ -59,7 +57,6 @@ HOOKS = (
             "sglang.srt.managers.tokenizer_control_mixin."
             "TokenizerControlMixin.release_memory_occupation"
         ),
-        parameters=("self", "obj", "request"),
         kind="before",
         function=refuse_release,
     ),
@@ -68,7 +65,6 @@ HOOKS = (
             "sglang.srt.managers.tokenizer_control_mixin."
             "TokenizerControlMixin.resume_memory_occupation"
         ),
-        parameters=("self", "obj", "request"),
         kind="before",
         function=refuse_release,
     ),

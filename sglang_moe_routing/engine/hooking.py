@@ -1,7 +1,8 @@
-"""The table of SGLang symbols that we hook or rely on, and its verification.
+"""The SGLang symbols that we hook or rely on, their verification, and the hooks' registration.
 
-Every hook states the parameters that its target had when it was written. A renamed symbol, a
-changed signature or a hook that SGLang did not apply is found at start-up, not at run time.
+A hook takes what it reads of its target's parameters under their own names and in their own places,
+and the rest as ``*args`` and ``**kwargs``. So Python hands it what it reads, at no cost, and a
+renamed or moved parameter is found at start-up, not at run time.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from inspect import Parameter
 from typing import Any, Literal
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from .. import environment
 from ..errors import EngineError
+from . import signatures
 from .report import Finding
+
+MODIFIED = "SGLang is not what this package hooks into, so it must be modified"
 
 Kind = Literal["before", "after", "around"]
 
@@ -28,12 +32,12 @@ class Hook:
 
     Attributes:
         target: dotted path of a function or method.
-        parameters: its parameter names, in order, as they were when the hook was written.
         kind: when `function` runs; see SGLang's `HookType` for what it gets and returns.
+        function: its parameters are those of the target that it reads; after the result or the
+            original, which all kinds but "before" get first.
     """
 
     target: str
-    parameters: tuple[str, ...]
     kind: Kind
     function: Callable[..., Any]
 
@@ -43,71 +47,77 @@ class Symbol:
     """An SGLang symbol that is called or read but not hooked.
 
     Attributes:
-        parameters: as for `Hook`; None where only existence matters.
+        reads: attributes of the instances of a class, separated by spaces.
     """
 
     target: str
-    parameters: tuple[str, ...] | None = None
+    reads: str = ""
 
 
-def check_version() -> str:
-    """Version of the installed sglang.
+def verify(entries: Sequence[Hook | Symbol], release: signatures.Release) -> list[Finding]:
+    """Compare every symbol with what we read of it, and with what it is in `release`."""
+    findings = signatures.compare(release, [entry.target for entry in entries])
+    return [_verify(entry, found) for entry, found in zip(entries, findings, strict=True)]
 
-    Raises:
-        EngineError: it is missing or not the pinned release.
-    """
+
+def _verify(entry: Hook | Symbol, compared: Finding) -> Finding:
+    """What is read decides; `compared` tells of all other differences."""
     try:
-        installed = version("sglang")
-    except PackageNotFoundError:
-        raise EngineError(
-            f"sglang is not installed; run: pip install sglang=={environment.SGLANG_VERSION}"
-        ) from None
-    if installed != environment.SGLANG_VERSION:
-        raise EngineError(
-            f"sglang {installed} is installed, but this package is written for "
-            f"{environment.SGLANG_VERSION}; run: pip install sglang=={environment.SGLANG_VERSION}"
-        )
-    return installed
+        found = signatures.find(entry.target)
+    except (ImportError, AttributeError):
+        return compared
+    problem = (
+        _misread_parameters(entry, found)
+        if isinstance(entry, Hook)
+        else _missing_attributes(entry.reads.split(), found)
+    )
+    return Finding(entry.target, problem, compared.diff) if problem else compared
 
 
-def verify(entries: Iterable[Hook | Symbol]) -> list[Finding]:
-    """Compare every symbol with what we expect of it."""
-    return [Finding(entry.target, _problem(entry)) for entry in entries]
+def _misread_parameters(hook: Hook, target: Callable[..., Any]) -> str:
+    """Why `hook` cannot take every call of its target, under the names that it reads."""
+    ours = list(inspect.signature(hook.function).parameters.values())
+    ours = ours if hook.kind == "before" else ours[1:]
+    theirs = list(inspect.signature(target).parameters.values())
+    named = [p for p in ours if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+    for place, parameter in enumerate(named):
+        other = theirs[place] if place < len(theirs) else None
+        if other is None or parameter.name != other.name:
+            return f"has no parameter {parameter.name!r} at place {place}, which the hook reads"
+        if parameter.default is Parameter.empty and other.default is not Parameter.empty:
+            return f"may be called without {parameter.name!r}, which the hook reads"
+    others = [p.name for p in theirs[len(named) :]]
+    for name in (p.name for p in ours if p.kind is Parameter.KEYWORD_ONLY):
+        if name not in others:
+            return f"has no parameter {name!r}, which the hook reads"
+        others.remove(name)
+    takes_others = any(p.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for p in ours)
+    if others and not takes_others:
+        return f"has the parameters {', '.join(others)} as well, which the hook does not take"
+    return ""
 
 
-def _problem(entry: Hook | Symbol) -> str:
-    try:
-        found = pkgutil.resolve_name(entry.target)
-    except (ImportError, AttributeError) as error:
-        return f"not found in this sglang: {error}"
-    if entry.parameters is None:
+def _missing_attributes(names: Sequence[str], kind: type) -> str:
+    if not names:
         return ""
-    actual = tuple(inspect.signature(inspect.unwrap(found)).parameters)
-    if isinstance(inspect.getattr_static(*_owner(entry.target)), classmethod):
-        actual = ("cls", *(name for name in actual if name != "cls"))
-    if actual == entry.parameters:
-        return ""
-    return f"has parameters {_list(actual)}, expected {_list(entry.parameters)}"
-
-
-def _owner(target: str) -> tuple[Any, str]:
-    path, _, name = target.rpartition(".")
-    return pkgutil.resolve_name(path), name
-
-
-def _list(names: Sequence[str]) -> str:
-    return f"({', '.join(names)})"
+    missing = sorted(set(names) - set(signatures.attributes(kind)))
+    return f"has no attribute {', '.join(missing)}, which we read" if missing else ""
 
 
 def refuse_problems(findings: Iterable[Finding]) -> None:
     """Raise `EngineError` that lists every problem, if there is one."""
-    problems = [f"{f.target} {f.problem}" for f in findings if not f.ok]
+    problems = [line for finding in findings for line in finding.lines()]
     if problems:
         listed = "\n  ".join(problems)
-        raise EngineError(
-            "SGLang is not what this package hooks into (modified or another version?):\n"
-            f"  {listed}\nReinstall sglang=={environment.SGLANG_VERSION} and retry."
-        )
+        raise EngineError(f"{MODIFIED}:\n  {listed}\n{remedy()}")
+
+
+def remedy() -> str:
+    """What to do about a modified SGLang."""
+    return (
+        "Reinstall it and retry: pip install --force-reinstall --no-deps "
+        f"sglang=={signatures.installed()}"
+    )
 
 
 def apply(hooks: Sequence[Hook], on_failure: Callable[[BaseException], Any]) -> None:

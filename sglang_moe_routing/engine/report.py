@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What verification found out about one symbol; `problem` is empty if all is well."""
+    """What verification found out about one symbol.
+
+    Attributes:
+        problem: empty if all is well.
+        diff: from the symbol's signature in a supported release to the installed one.
+    """
 
     target: str
     problem: str
+    diff: Sequence[str] = ()
 
     @property
     def ok(self) -> bool:
         return not self.problem
+
+    def lines(self) -> Iterator[str]:
+        """What to show of it: nothing where all is well."""
+        if not self.ok:
+            yield f"{self.target} {self.problem}"
+            yield from (f"  {line}" for line in self.diff)
 
 
 @dataclass
@@ -23,7 +35,8 @@ class Inspection:
     """What the checks found.
 
     Attributes:
-        sglang: installed version, empty if unusable.
+        sglang: installed version, empty if there is none.
+        compared_with: the supported release that it was compared with.
         findings: one per hooked or relied-on symbol.
         platform: SGLang platform that a server would run on.
         kernels: implementation of the re-routing on this machine's device.
@@ -34,6 +47,7 @@ class Inspection:
     """
 
     sglang: str = ""
+    compared_with: str = ""
     findings: Sequence[Finding] = ()
     platform: str = ""
     kernels: str = ""

@@ -13,13 +13,14 @@ from sglang.srt.arg_groups.model_override_base import resolved_view
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.hash_topk import HashTopK
-from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
+from sglang.srt.layers.moe.topk import TopK
 
 from .. import environment
 from ..artifacts import SimilarityArtifact
 from ..checkpoint import find_checkpoint, layers_without_experts, read_headers
 from ..config import LoadedConfig, RoutingConfig, check_policies, check_torch_policies
 from ..cpu.experts import RUNNER
+from ..engine import compat
 from ..errors import CheckpointError, EngineError, KernelError
 from ..kernels import CHOICE, Implementation, beyond_limits, choose
 from ..policies import Capacity, Sizes, with_capacity
@@ -159,7 +160,7 @@ def _by_layer(modules: Mapping[str, Module]) -> dict[int, Module]:
 def _sizes(topk: TopK, experts: FusedMoE) -> Sizes:
     config = topk.topk_config
     return Sizes(
-        top_k=int(config.top_k - config.num_shared_topk_slots),
+        top_k=int(config.top_k - compat.num_shared_slots(config)),
         num_experts=int(experts.num_experts - experts.num_fused_shared_experts),
     )
 
@@ -233,10 +234,10 @@ def _make_layer(
 ) -> Layer:
     config = topk.topk_config
     where = f"layer {topk.layer_id}"
-    if config.output_format not in (None, TopKOutputFormat.STANDARD):
+    if not compat.is_standard(topk):
         raise EngineError(
-            f"{where}: MoE runner backend {config.runner_backend} routes inside its kernel; "
-            "add --moe-runner-backend triton"
+            f"{where}: MoE runner backend {compat.router_backend(config)} routes inside its "
+            "kernel; add --moe-runner-backend triton"
         )
     sizes = _sizes(topk, experts)
     top_k, num_experts = sizes.top_k, sizes.num_experts

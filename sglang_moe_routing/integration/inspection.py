@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..config import LoadedConfig, check_policies, check_torch_policies, load_config
-from ..engine import hooking
-from ..engine.report import Finding, Inspection
+from ..engine import hooking, signatures
+from ..engine.report import Inspection
 from ..errors import RoutingError
 from ..kernels import choose
 from ..policies import Sizes
@@ -21,12 +21,7 @@ def inspect(config: Path, model: Mapping[int, Sizes] | None = None) -> Inspectio
         model: MoE layers by layer id, to hold the policies to.
     """
     result = Inspection(config=str(config))
-    try:
-        result.sglang = hooking.check_version()
-        result.findings = _verify_symbols()
-        hooking.refuse_problems(result.findings)
-    except RoutingError as error:
-        result.problems.append(str(error))
+    _inspect_symbols(result)
     loaded = None
     try:
         loaded = load_config(config)
@@ -41,6 +36,24 @@ def inspect(config: Path, model: Mapping[int, Sizes] | None = None) -> Inspectio
     return result
 
 
+def _inspect_symbols(result: Inspection) -> None:
+    """Another release than the supported ones is compared with the nearest, for whoever ports."""
+    result.sglang = signatures.installed()
+    release = signatures.nearest_release(result.sglang)
+    result.compared_with = release.name
+    try:
+        signatures.installed_release()
+    except RoutingError as error:
+        result.findings = signatures.compare(release, release.symbols)
+        result.problems.append(str(error))
+        return
+    from .hooks import entries
+
+    result.findings = hooking.verify(entries(), release)
+    if not all(finding.ok for finding in result.findings):
+        result.problems.append(f"{hooking.MODIFIED}: see the symbols above. {hooking.remedy()}")
+
+
 def _inspect_kernels(result: Inspection, loaded: LoadedConfig | None) -> None:
     import torch
 
@@ -51,13 +64,6 @@ def _inspect_kernels(result: Inspection, loaded: LoadedConfig | None) -> None:
             result.warnings += check_torch_policies(loaded)
     except RoutingError as error:
         result.problems.append(str(error))
-
-
-def _verify_symbols() -> Sequence[Finding]:
-    from ..cpu.hooks import HOOKS as CPU_HOOKS
-    from .hooks import FORCING_HOOKS, HOOKS, RELIED_ON
-
-    return hooking.verify([*HOOKS, *FORCING_HOOKS, *CPU_HOOKS, *RELIED_ON])
 
 
 def _platform() -> str:

@@ -11,7 +11,7 @@ from .. import environment, runtime
 from ..config import LoadedConfig, load_config
 from ..cpu.experts import read_choice
 from ..cpu.hooks import HOOKS as CPU_HOOKS
-from ..engine import hooking
+from ..engine import hooking, signatures
 from ..engine.fatal import fatal
 from ..engine.hooking import Hook
 from ..errors import EngineError
@@ -24,7 +24,7 @@ def install() -> None:
     Raises:
         RoutingError: anything that keeps this process from serving the configured policies.
     """
-    hooking.check_version()
+    release = signatures.installed_release()
     hooks: list[Hook] = []
     if os.environ.get("SGLANG_PLATFORM") == environment.PLATFORM:
         read_choice()
@@ -33,7 +33,7 @@ def install() -> None:
         hooks += _start_routing()
         if os.environ.get(environment.FORCE) == "1":
             hooks += FORCING_HOOKS
-    hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON]))
+    hooking.refuse_problems(hooking.verify([*hooks, *RELIED_ON], release))
     if os.environ.get(environment.CONFIG):
         _refuse_other_platforms()
     hooking.apply(hooks, on_failure=fatal)

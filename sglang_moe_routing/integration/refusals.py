@@ -29,7 +29,7 @@ def refuse_unsupported(server_args: Any) -> None:
 def _refused_flags(server_args: Any) -> Iterator[str]:
     resolved = resolved_view(server_args)
     for name, refusal in settings.REFUSED_FLAGS.items():
-        value = getattr(resolved, name)
+        value = getattr(resolved, name, None)  # not every release has each
         if value is not None and refusal.when.holds(value):
             yield f"{_flag(name)} {value}: {refusal.reason}"
 

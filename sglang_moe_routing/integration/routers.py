@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..engine import compat
 from ..errors import EngineError
 from ..policies import Router
 
@@ -12,7 +13,8 @@ KNOWN_ROUTER_SETTINGS = frozenset(
     {
         # read or refused where routers and layers are made
         *("top_k", "use_grouped_topk", "topk_group", "num_expert_group", "renormalize"),
-        *("shared_experts", "custom_routing_function", "correction_bias", "scoring_func"),
+        *("shared_experts", "num_fused_shared_experts"),
+        *("custom_routing_function", "correction_bias", "scoring_func"),
         *("routed_scaling_factor", "apply_routed_scaling_factor_on_output"),
         *("output_format", "runner_backend", "fused_gate_packed_ids"),
         # other code for the same function of the logits
@@ -33,7 +35,7 @@ def make_router(config: Any, where: str) -> Router:
         EngineError: a kind of router whose scores we cannot recompute.
     """
     _refuse_unknown_settings(config, where)
-    backend = config.runner_backend
+    backend = compat.router_backend(config)
     problems = {
         "a custom routing function": config.custom_routing_function is not None,
         "packed expert ids": config.fused_gate_packed_ids,
@@ -42,6 +44,11 @@ def make_router(config: Any, where: str) -> Router:
             and backend.is_flashinfer_trtllm_routed()
             and not config.renormalize
             and not config.use_grouped_topk
+        ),
+        "a scale on weights that are not renormalised": (
+            config.apply_routed_scaling_factor_on_output
+            and not config.renormalize
+            and not compat.SCALES_PLAIN_WEIGHTS
         ),
         "softmax with a correction bias": (
             config.scoring_func == "softmax"

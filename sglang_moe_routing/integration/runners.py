@@ -19,6 +19,7 @@ from sglang.srt.utils.common import is_sm120
 
 from .. import environment
 from ..cpu.experts import RUNNER
+from ..engine import compat, signatures
 from ..errors import EngineError
 from ..policies import FreeSlots
 
@@ -28,14 +29,14 @@ class Source:
     """A line that shows what a runner does.
 
     Attributes:
-        path: file below site-packages, of SGLang 0.5.23 or flashinfer 0.7.2.
-        line: its number, from 1.
-        text: a part of it.
+        path: file below site-packages, of SGLang or flashinfer.
+        text: a part of the line.
+        times: how many lines of the file must have it.
     """
 
     path: str
-    line: int
     text: str
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,54 +67,45 @@ _FUSED = "flashinfer/data/csrc/fused_moe"
 _ROUTING = "flashinfer/data/include/flashinfer/trtllm/fused_moe/RoutingKernel.cuh"
 
 _ALIGN = (
-    Source(f"{_JIT}/moe/moe_align_kernel.cu", 59, "expert_id = topk_ids[i] + 1"),
-    Source(f"{_OPS}/moe_align_small_numel.py", 44, "expert -1 (EP-filtered) maps to bucket 0"),
+    Source(f"{_JIT}/moe/moe_align_kernel.cu", "expert_id = topk_ids[i] + 1"),
+    Source(f"{_OPS}/moe_align_small_numel.py", "expert -1 (EP-filtered) maps to bucket 0"),
 )
 _ADAPTERS = (  # of LoRA on experts, put in after the model was loaded and judged
-    Source("sglang/srt/lora/lora_moe_runners.py", 136, "= cur_expert"),
-    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 94, "expert_id < 0"),
-    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 198, "expert_id < 0"),
-    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 242, "expert_id < 0"),
-    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", 276, "expert_id < 0"),
-    Source(f"{_LORA_OPS}/fused_moe_lora_kernel.py", 130, "if expert_id == -1"),
-    Source(f"{_LORA_OPS}/virtual_experts.py", 64, "valid_base = base >= 0"),
-    Source(f"{_LORA_OPS}/virtual_experts.py", 177, "if off_expert == -1"),
-    Source(f"{_LORA_OPS}/virtual_experts.py", 401, "valid_mask = (flat_topk_ids >= 0)"),
+    Source("sglang/srt/lora/lora_moe_runners.py", "= cur_expert"),
+    Source(f"{_JIT}/lora/moe_lora_align_kernel.cu", "expert_id < 0", times=4),
+    Source(f"{_LORA_OPS}/fused_moe_lora_kernel.py", "if expert_id == -1"),
+    Source(f"{_LORA_OPS}/virtual_experts.py", "valid_base = base >= 0"),
+    Source(f"{_LORA_OPS}/virtual_experts.py", "if off_expert == -1"),
+    Source(f"{_LORA_OPS}/virtual_experts.py", "valid_mask = (flat_topk_ids >= 0)"),
 )
 _TRTLLM = (
     Source(
         f"{_FUSED}/trtllm_backend/trtllm_fused_moe_routing_custom.cuh",
-        126,
         "if (expertIdx > -1 && expertIdx < params.mNumExperts)",
     ),
-    Source(_ROUTING, 1087, "isLocalExpert ? atomicAdd"),
-    Source(
-        f"{_FUSED}/trtllm_backend/trtllm_fused_moe_dev_kernel.cu", 911, "if (permutedIdx == -1)"
-    ),
+    Source(_ROUTING, "isLocalExpert ? atomicAdd"),
+    Source(f"{_FUSED}/trtllm_backend/trtllm_fused_moe_dev_kernel.cu", "if (permutedIdx == -1)"),
     Source(
         f"{_FUSED}/trtllm_backend/trtllm_fused_moe_routing_custom.cuh",
-        162,
         "when duplicate expert IDs appear, multiple",
     ),
 )
 _CUTLASS = (
     Source(
         f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh",
-        2006,
         "if (expert_id < 0 || expert_id >= num_experts_per_node)",
     ),
     Source(
         f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh",
-        452,
         "expert >= start_expert && expert < end_expert",
     ),
-    Source(f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh", 689, "break;"),
+    Source(f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh", "break;"),
 )
 
 _PLATFORM = "its platform is not supported"
 _LORA = "LoRA's own runners were not read"
 
-RUNNERS: Mapping[str, Runner] = {
+NEWEST: Mapping[str, Runner] = {
     runner.name: runner
     for runner in (
         Runner(
@@ -122,8 +114,8 @@ RUNNERS: Mapping[str, Runner] = {
             takes_repeats=True,
             sources=(
                 *_ALIGN,
-                Source(f"{_OPS}/fused_moe_triton_kernels.py", 461, "inactive_expert = off_experts"),
-                Source(f"{_OPS}/fused_moe_triton_kernels.py", 193, "including without EP"),
+                Source(f"{_OPS}/fused_moe_triton_kernels.py", "inactive_expert = off_experts"),
+                Source(f"{_OPS}/fused_moe_triton_kernels.py", "including without EP"),
                 *_ADAPTERS,
             ),
         ),
@@ -131,10 +123,10 @@ RUNNERS: Mapping[str, Runner] = {
             "deep_gemm",
             skips_free=True,
             sources=(
-                Source(f"{_OPS}/ep_moe_kernels.py", 1628, "(expert >= 0) & (expert < num_experts)"),
-                Source(f"{_OPS}/ep_moe_kernels.py", 1194, "valid = (expert_id >= 0)"),
-                Source(f"{_OPS}/ep_moe_kernels.py", 1045, "if dst_idx >= 0"),
-                Source(f"{_OPS}/ep_moe_kernels.py", 1612, "Each token picks top_k distinct"),
+                Source(f"{_OPS}/ep_moe_kernels.py", "(expert >= 0) & (expert < num_experts)"),
+                Source(f"{_OPS}/ep_moe_kernels.py", "valid = (expert_id >= 0)"),
+                Source(f"{_OPS}/ep_moe_kernels.py", "if dst_idx >= 0"),
+                Source(f"{_OPS}/ep_moe_kernels.py", "Each token picks top_k distinct"),
             ),
         ),
         Runner(
@@ -143,20 +135,16 @@ RUNNERS: Mapping[str, Runner] = {
             takes_repeats=True,
             sources=(
                 *_ALIGN,
-                Source(f"{_JIT}/moe/align_single_token.cuh", 47, "other == my_id && j < lane"),
+                Source(f"{_JIT}/moe/align_single_token.cuh", "other == my_id && j < lane"),
                 Source(
                     f"{_JIT}/gemm/marlin_moe/marlin_template.h",
-                    431,
                     "parallel -= inactive_prefix_blocks",
                 ),
                 Source(
                     f"{_JIT}/gemm/marlin_moe/marlin_template.h",
-                    461,
                     "num_invalid_blocks += expert_ids_ptr[i] == -1",
                 ),
-                Source(
-                    "sglang/srt/lora/lora_moe_runner_marlin.py", 195, "zero_inactive_output=True"
-                ),
+                Source("sglang/srt/lora/lora_moe_runner_marlin.py", "zero_inactive_output=True"),
                 *_ADAPTERS,
             ),
         ),
@@ -165,9 +153,9 @@ RUNNERS: Mapping[str, Runner] = {
             skips_free=True,
             takes_repeats=True,
             sources=(
-                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", 91, "= -1;"),
-                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", 87, "atomicAdd(&cursor, 1)"),
-                Source(f"{_JIT}/moe/shuffle_weighted_sum.cuh", 47, "active = row >= 0"),
+                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", "= -1;"),
+                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", "atomicAdd(&cursor, 1)"),
+                Source(f"{_JIT}/moe/shuffle_weighted_sum.cuh", "active = row >= 0"),
             ),
         ),
         Runner(
@@ -175,9 +163,8 @@ RUNNERS: Mapping[str, Runner] = {
             skips_free=True,
             takes_repeats=True,
             sources=(
-                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", 87, "atomicAdd(&cursor, 1)"),
-                Source(f"{_OPS}/ep_moe_kernels.py", 335, "if (expert_id >= 0)"),
-                Source(f"{_OPS}/ep_moe_kernels.py", 949, "if (expert_id >= 0)"),
+                Source(f"{_JIT}/moe/cutlass_prepare_moe_input.cuh", "atomicAdd(&cursor, 1)"),
+                Source(f"{_OPS}/ep_moe_kernels.py", "if (expert_id >= 0)", times=2),
             ),
         ),
         Runner("flashinfer_cutlass", skips_free=True, sources=_CUTLASS),
@@ -189,12 +176,11 @@ RUNNERS: Mapping[str, Runner] = {
             skips_free=True,
             takes_repeats=True,
             sources=(
-                Source("flashinfer/data/csrc/moe_utils_binding.cu", 379, "mPtrTopKIds ="),
-                Source(_ROUTING, 365, "isLocalExpert ? atomicAdd"),
+                Source("flashinfer/data/csrc/moe_utils_binding.cu", "mPtrTopKIds ="),
+                Source(_ROUTING, "isLocalExpert ? atomicAdd"),
                 Source(
                     "flashinfer/data/csrc/nv_internal/tensorrt_llm/kernels/cuteDslKernels/"
                     "moeUtils.cu",
-                    186,
                     "if (permuted_idx < 0)",
                 ),
             ),
@@ -204,9 +190,9 @@ RUNNERS: Mapping[str, Runner] = {
             skips_free=True,
             takes_repeats=True,
             sources=(
-                Source(f"{_LAYERS}/moe/moe_runner/humming.py", 515, "ignore_invalid_expert=True"),
-                Source(f"{_JIT}/moe/moe_permute_prepare.cu", 49, "independently of EP"),
-                Source(f"{_OPS}/moe_fused_mul_sum.py", 61, "expert_mask = id_val >= 0"),
+                Source(f"{_LAYERS}/moe/moe_runner/humming.py", "ignore_invalid_expert=True"),
+                Source(f"{_JIT}/moe/moe_permute_prepare.cu", "independently of EP"),
+                Source(f"{_OPS}/moe_fused_mul_sum.py", "expert_mask = id_val >= 0"),
             ),
         ),
         Runner(
@@ -216,11 +202,10 @@ RUNNERS: Mapping[str, Runner] = {
             sources=(
                 Source(
                     "sglang/kernels/jit/include/sgl_kernel/quantization/gguf/moe_vec.cuh",
-                    27,
                     "if (expert < 0)",
                 ),
-                Source(f"{_LAYERS}/quantization/gguf.py", 290, "pad_expert_ids=_is_cuda"),
-                Source(f"{_OPS}/gguf_moe_weights.py", 26, "active = tl.load(expert_ids"),
+                Source(f"{_LAYERS}/quantization/gguf.py", "pad_expert_ids=_is_cuda"),
+                Source(f"{_OPS}/gguf_moe_weights.py", "active = tl.load(expert_ids"),
             ),
         ),
         Runner(environment.PLATFORM, skips_free=True, takes_repeats=True),
@@ -228,7 +213,7 @@ RUNNERS: Mapping[str, Runner] = {
         Runner(
             "cpu",
             refused="SGLang's own experts for CPUs take neither -1 nor an expert twice",
-            sources=(Source(f"{_LAYERS}/moe/fused_moe_native.py", 77, "cnts.scatter_(1,"),),
+            sources=(Source(f"{_LAYERS}/moe/fused_moe_native.py", "cnts.scatter_(1,"),),
         ),
         Runner("flashinfer_megamoe", refused="rows are sharded before the routing is applied"),
         Runner("hpc_ops", refused="its package `hpc` was not read"),
@@ -242,7 +227,35 @@ RUNNERS: Mapping[str, Runner] = {
         Runner("experimental_sgl_marlin", refused=_LORA),
     )
 }
-"""By name. Each `MoeRunnerBackend` of SGLang has its entry, but ``auto``."""
+"""By name, in the newest release. Each `MoeRunnerBackend` of SGLang has its entry, but ``auto``."""
+
+OLDER: Mapping[str, tuple[Runner, ...]] = {
+    "0.5.22": (
+        Runner(
+            "triton",
+            takes_repeats=True,
+            sources=(
+                Source(
+                    f"{_OPS}/fused_moe_triton_kernels.py", "filter_expert and off_experts == -1"
+                ),
+                Source(
+                    f"{_LAYERS}/moe/moe_runner/triton.py",
+                    "self.config.num_experts != self.config.num_local_experts",
+                ),
+                Source(f"{_JIT}/moe/moe_align_kernel.cu", "expert_id = topk_ids[i] + 1"),
+            ),
+        ),
+        *(
+            Runner(name, refused="it was not read in SGLang 0.5.22")
+            for name in ("marlin", "cutlass", "cutlass_w4a8", "humming", "gguf")
+        ),
+    )
+}
+"""Those that are others in an older release: there, Triton's kernels skip -1 under expert
+parallelism only."""
+
+RUNNERS = {**NEWEST, **{runner.name: runner for runner in OLDER.get(signatures.installed(), ())}}
+"""By name, in the installed release."""
 
 EXPERTS: Mapping[str, str] = {
     "UnquantizedFusedMoEMethod": "",
@@ -343,7 +356,7 @@ def runner_name(experts: FusedMoE) -> str:
         if found is not None and not _is_sglang(found):
             return _name(found)
     direct = EXPERTS.get(_name(_method(experts)))
-    return direct or str(getattr(experts.runner_backend, "value", None))
+    return direct or str(getattr(compat.expert_backend(experts), "value", None))
 
 
 def _method(experts: FusedMoE) -> Any:

@@ -11,11 +11,13 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from .. import environment
 from ..config import BODY_KEY
-from .neutral_settings import NEUTRAL_FLAGS, NEUTRAL_VARIABLES
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,11 @@ HANDLED_VARIABLES: Mapping[str, str] = {
         SGLANG_TEST_RETRACT SGLANG_TEST_RETRACT_INTERVAL SGLANG_TEST_RETRACT_NO_PREFILL_BS
     """,
 }
+
+
+_NEUTRAL = yaml.safe_load(Path(__file__).with_name("neutral_settings.yaml").read_text())
+NEUTRAL_FLAGS: Mapping[str, str] = _NEUTRAL["flags"]
+NEUTRAL_VARIABLES: Mapping[str, str] = _NEUTRAL["variables"]
 
 
 def names(groups: Mapping[str, str]) -> frozenset[str]:

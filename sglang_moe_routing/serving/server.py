@@ -123,9 +123,7 @@ def flag_value(flags: Sequence[str], names: Sequence[str]) -> str:
 def _check_plugin_is_loaded(env: Mapping[str, str]) -> None:
     """SGLang skips plugins silently; a server without policies must not start."""
     if importlib.util.find_spec("sglang") is None:
-        raise EngineError(
-            f"sglang is not installed; run: pip install sglang=={names.SGLANG_VERSION}"
-        )
+        raise EngineError(f"sglang is not installed; run: {names.INSTALL_SGLANG}")
     if names.PLUGIN not in entry_points(group="sglang.srt.plugins").names:
         raise EngineError(
             "SGLang cannot find this package's plugin: it is not installed beside SGLang; run: pip "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from packaging.version import Version
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from tests.endpoints import GENERATES as ENDPOINTS
@@ -19,6 +21,10 @@ AVAILABLE = (
     "vanilla, oea-k3, oea-k2, topk-k3, sere-s2, late, everywhere, same-as-oea-k3, budget-20, "
     "xshare-24, lynx-24, mapped"
 )
+HAS_CHAT = Version(version("sglang")) >= Version("0.5.23")
+"""Older releases answer /api/chat with 500, with or without this package: they take what the chat
+template of transformers 5 returns for a list."""
+ANSWERING = [path for path in ENDPOINTS if path != "/api/chat" or HAS_CHAT]
 
 
 @pytest.fixture
@@ -132,7 +138,7 @@ def test_parallel_samples_of_generate_keep_the_policy(served: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("path", ANSWERING)
 def test_every_endpoint_answers_with_the_applied_policy(
     served: Running, path: str, stream: bool
 ) -> None:
@@ -202,7 +208,7 @@ WAYS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("path", ENDPOINTS)
+@pytest.mark.parametrize("path", ANSWERING)
 def test_every_endpoint_honours_every_way_in_its_body(served: Running, path: str, way: str) -> None:
     def send(name: str) -> httpx.Response:
         return served.http.post(path, json={**ENDPOINTS[path], **WAYS[way](name)})
@@ -254,7 +260,7 @@ def test_a_foreign_model_name_with_an_at_sign_is_served(served: Running, model: 
     assert response.json()["model"] == model
 
 
-@pytest.mark.parametrize("path", ["/api/chat", "/api/generate"])
+@pytest.mark.parametrize("path", [path for path in ANSWERING if path.startswith("/api/")])
 def test_a_property_of_a_schema_is_no_choice(served: Running, path: str) -> None:
     schema = {"type": "object", "properties": {"moe_routing_policy": {"type": "string"}}}
     response = served.http.post(path, json={**ENDPOINTS[path], "format": schema})

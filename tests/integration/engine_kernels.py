@@ -46,7 +46,7 @@ def align(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 def triton(call: dict[str, Any]) -> Tensor:
     """The Triton runner: both products, activation and sum. Without expert parallelism, as here,
     it is called with ``filter_expert=False``."""
-    ids, w13, w2 = call["ids"], call["w13"], call["w2"]
+    ids, w13, w2 = call["triton_ids"], call["w13"], call["w2"]
     scales = {f"{name}_scale": None for name in ("w1", "w2", "a1", "a2")}
     points = {"w1_zp": None, "w2_zp": None, "b1": None, "b2": None, "block_shape": None}
     limits = {"routed_scaling_factor": None, "gemm1_alpha": None, "gemm1_limit": None}

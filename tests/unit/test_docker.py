@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sglang_moe_routing import environment
 from sglang_moe_routing.config import load_config
+from sglang_moe_routing.engine import signatures
 from sglang_moe_routing.kernels import native
 from sglang_moe_routing.runtime import metrics
 from tests.programs import prometheus
@@ -163,7 +163,8 @@ def test_the_link_to_the_demo_is_made_by_a_python_that_ignores_the_checkout(
 
 def test_the_gpu_image_is_based_on_the_supported_sglang() -> None:
     first, *_ = instructions(DOCKERFILES[0], "ARG")
-    assert first == f"BASE=lmsysorg/sglang:v{environment.SGLANG_VERSION}"
+    *_, newest = signatures.supported()
+    assert first == f"BASE=lmsysorg/sglang:v{newest}"
 
 
 def test_the_gpu_image_compiles_for_every_target_architecture() -> None:

@@ -36,11 +36,12 @@ def _without_choice_of_vertex(body: Any) -> Any:
     return {**body, "parameters": kept}
 
 
-async def around_form(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+async def around_form(
+    original: Callable[..., Any], *args: Any, raw_request: Any, **kwargs: Any
+) -> Any:
     """``/v1/audio/transcriptions`` has no JSON."""
-    raw_request = kwargs["raw_request"]
     note_body(raw_request, await raw_request.form())
-    return await original(*args, **kwargs)
+    return await original(*args, raw_request=raw_request, **kwargs)
 
 
 def before_handler(self: Any, request: Any, raw_request: Any = None) -> None:
@@ -67,12 +68,9 @@ def before_generate(obj: Any, request: Any) -> None:
     select_early(obj.sampling_params, request)
 
 
-_HANDLER = ("self", "request", "raw_request")
-
 HOOKS = (
     Hook(
         target="sglang.srt.entrypoints.http_server.ORJSONRequest.json",
-        parameters=("self",),
         kind="around",
         function=around_json,
     ),
@@ -81,23 +79,11 @@ HOOKS = (
             "sglang.srt.entrypoints.openai.serving_transcription."
             "OpenAIServingTranscription.create_transcription"
         ),
-        parameters=(
-            "self",
-            "audio_data",
-            "model",
-            "language",
-            "response_format",
-            "temperature",
-            "stream",
-            "raw_request",
-            "timestamp_granularities",
-        ),
         kind="around",
         function=around_form,
     ),
     Hook(
         target="sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.handle_request",
-        parameters=_HANDLER,
         kind="before",
         function=before_handler,
     ),
@@ -106,31 +92,26 @@ HOOKS = (
             "sglang.srt.entrypoints.openai.serving_responses."
             "OpenAIServingResponses.create_responses"
         ),
-        parameters=_HANDLER,
         kind="before",
         function=before_handler,
     ),
     Hook(
         target="sglang.srt.entrypoints.anthropic.serving.AnthropicServing.handle_messages",
-        parameters=_HANDLER,
         kind="before",
         function=before_anthropic,
     ),
     Hook(
         target="sglang.srt.entrypoints.ollama.serving.OllamaServing.handle_chat",
-        parameters=_HANDLER,
         kind="before",
         function=before_handler,
     ),
     Hook(
         target="sglang.srt.entrypoints.ollama.serving.OllamaServing.handle_generate",
-        parameters=_HANDLER,
         kind="before",
         function=before_handler,
     ),
     Hook(
         target="sglang.srt.entrypoints.http_server.serve_generate_request",
-        parameters=("obj", "request"),
         kind="before",
         function=before_generate,
     ),

@@ -94,13 +94,11 @@ async def report(
 
 GENERATE = Hook(
     target="sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
-    parameters=("self", "obj", "request"),
     kind="before",
     function=before,
 )
 REPORT = Hook(
     target="sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response",
-    parameters=("self", "obj", "request"),
     kind="after",
     function=report,
 )

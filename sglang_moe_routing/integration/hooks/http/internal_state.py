@@ -23,7 +23,6 @@ async def around(original: Callable[..., Any], self: Any) -> list[dict[str, Any]
 
 HOOK = Hook(
     target="sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
-    parameters=("self",),
     kind="around",
     function=around,
 )

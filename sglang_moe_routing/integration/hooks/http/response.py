@@ -1,8 +1,8 @@
 """After SGLang has built an OpenAI answer or stream: the applied policy in its body.
 
 SGLang's extensions of OpenAI's format are an object ``sglext``, in whole answers and in events of a
-stream. Where it also fills a ``metadata`` object, as 0.5.23 does in whole answers, that names the
-policy too; no event of a stream has one.
+stream. Where it also fills a ``metadata`` object, as in whole answers, that names the policy too;
+no event of a stream has one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LAST = ('"finish_reason":"', '"choices":[]')
 
 
 def after_whole(
-    response: Any, self: Any, request: Any, ret: list[dict[str, Any]], created: int
+    response: Any, self: Any, request: Any, ret: list[dict[str, Any]], *args: Any, **kwargs: Any
 ) -> Any:
     if not isinstance(response, BaseModel):
         return response  # an error
@@ -57,7 +57,7 @@ def _extended(model: type[BaseModel]) -> tuple[type[BaseModel], type[BaseModel]]
 
 
 async def after_stream(
-    events: AsyncIterator[str], self: Any, adapted_request: Any, *args: Any
+    events: AsyncIterator[str], self: Any, adapted_request: Any, *args: Any, **kwargs: Any
 ) -> AsyncIterator[str]:
     async with aclosing(events):  # type: ignore[type-var]
         async for event in events:
@@ -72,13 +72,9 @@ def _name_policy_in(event: str, adapted_request: Any) -> str:
     return f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-_BUILD = ("self", "request", "ret", "created")
-_STREAM = ("self", "adapted_request", "request", "raw_request")
-
 HOOKS = (
     Hook(
         target="sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response",
-        parameters=_BUILD,
         kind="after",
         function=after_whole,
     ),
@@ -87,13 +83,11 @@ HOOKS = (
             "sglang.srt.entrypoints.openai.serving_completions."
             "OpenAIServingCompletion._build_completion_response"
         ),
-        parameters=_BUILD,
         kind="after",
         function=after_whole,
     ),
     Hook(
         target="sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream",
-        parameters=_STREAM,
         kind="after",
         function=after_stream,
     ),
@@ -102,7 +96,6 @@ HOOKS = (
             "sglang.srt.entrypoints.openai.serving_completions."
             "OpenAIServingCompletion._generate_completion_stream"
         ),
-        parameters=_STREAM,
         kind="after",
         function=after_stream,
     ),

@@ -29,9 +29,9 @@ INTERRUPTED = 130
 """Exit status of a program that Ctrl-C ended, as shells report it."""
 
 
-def before_check(server_args: Any) -> None:
-    refuse_unsupported(server_args)
-    metrics.enable(bool(server_args.enable_metrics))
+def before_check(self: Any) -> None:
+    refuse_unsupported(self)
+    metrics.enable(bool(self.enable_metrics))
 
 
 def around_spawn(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -46,12 +46,12 @@ def around_spawn(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         os.environ.pop(environment.CONFIG_SHA256, None)
 
 
-def after_death(error: Exception, rank: int, process: Any) -> None:
+def after_death(error: Exception, rank: int, proc: Any) -> None:
     """End this process at once: the message queues may wait forever for the scheduler that died.
 
     SGLang kills it too, where a scheduler fails by an error of its own.
     """
-    if process.exitcode == environment.EXIT_CODE:
+    if proc.exitcode == environment.EXIT_CODE:
         refusal = EngineError("a scheduler process refused to start; its message is above")
         fatal(refusal, at_once=True)
 
@@ -85,59 +85,31 @@ def _refuse_port(server_args: Any) -> None:
 
 LAUNCH_SERVER = Hook(
     target="sglang.srt.entrypoints.http_server.launch_server",
-    parameters=(
-        "server_args",
-        "init_tokenizer_manager_func",
-        "run_scheduler_process_func",
-        "run_detokenizer_process_func",
-        "execute_warmup_func",
-        "launch_callback",
-    ),
     kind="around",
     function=around_launch_server,
 )
 DEATH = Hook(
     target="sglang.srt.entrypoints.engine._scheduler_died_error",
-    parameters=("rank", "proc"),
     kind="after",
     function=after_death,
 )
 HTTP = Hook(
     target="sglang.srt.entrypoints.http_server._setup_and_run_http_server",
-    parameters=(
-        "server_args",
-        "tokenizer_manager",
-        "template_manager",
-        "port_args",
-        "scheduler_infos",
-        "subprocess_watchdog",
-        "execute_warmup_func",
-        "launch_callback",
-    ),
     kind="before",
     function=before_http,
 )
 CHECK = Hook(
     target="sglang.srt.server_args.ServerArgs.check_server_args",
-    parameters=("self",),
     kind="before",
     function=before_check,
 )
 SCHEDULERS = Hook(
     target="sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes",
-    parameters=(
-        "cls",
-        "server_args",
-        "port_args",
-        "run_scheduler_process_func",
-        "placement_group",
-    ),
     kind="around",
     function=around_spawn,
 )
 DETOKENIZERS = Hook(
     target="sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses",
-    parameters=("cls", "server_args", "port_args", "run_detokenizer_process_func"),
     kind="around",
     function=around_spawn,
 )

@@ -42,7 +42,6 @@ def name_free_slots(layer: Layer, ids: Tensor) -> Tensor:
 
 HOOK = Hook(
     target="sglang.srt.layers.moe.topk.capture_routed_experts_if_allowed",
-    parameters=("topk_config", "layer_id", "topk_ids"),
     kind="around",
     function=around,
 )

@@ -19,7 +19,6 @@ import torch
 
 from .... import environment
 from ....engine.hooking import Hook
-from .forward_batch import HOOK as FORWARD_BATCH
 
 _TOKENS = "_sglang_moe_routing_forced_tokens"
 _FREE = -1
@@ -68,13 +67,11 @@ def sample(
 HOOKS = (
     Hook(
         target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
-        parameters=FORWARD_BATCH.parameters,
         kind="after",
         function=attach_tokens,
     ),
     Hook(
         target="sglang.srt.model_executor.model_runner.ModelRunner.sample",
-        parameters=("self", "logits_output", "forward_batch"),
         kind="around",
         function=sample,
     ),

@@ -31,13 +31,6 @@ def around(
 
 HOOK = Hook(
     target="sglang.srt.model_executor.model_runner.ModelRunner._forward_raw",
-    parameters=(
-        "self",
-        "forward_batch",
-        "pp_proxy_tensors",
-        "reinit_attn_backend",
-        "split_forward_count",
-    ),
     kind="around",
     function=around,
 )

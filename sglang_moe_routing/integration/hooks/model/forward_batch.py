@@ -72,17 +72,6 @@ def _beams(batch: Any) -> Sequence[Any]:
 
 HOOK = Hook(
     target="sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
-    parameters=(
-        "cls",
-        "batch",
-        "model_runner",
-        "capture_hidden_mode",
-        "return_hidden_states_before_norm",
-        "extend_position_info",
-        "spec_mrope_positions",
-        "kv_loc_plan",
-        "write_cols",
-    ),
     kind="after",
     function=after,
 )

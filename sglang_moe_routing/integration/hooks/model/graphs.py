@@ -58,7 +58,6 @@ def around_can_run(original: Callable[..., Any], self: Any, forward_batch: Any) 
 
 CAPTURE = Hook(
     target="sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.capture",
-    parameters=("self",),
     kind="around",
     function=around_capture,
 )
@@ -67,7 +66,6 @@ CAPTURE_SHAPE = Hook(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner."
         "DecodeCudaGraphRunner.capture_one_shape"
     ),
-    parameters=("self", "size", "forward", "stream_idx", "variant_label", "attention_variant"),
     kind="around",
     function=around_capture_shape,
 )
@@ -76,7 +74,6 @@ PREFILL = Hook(
         "sglang.srt.model_executor.runner.prefill_cuda_graph_runner."
         "PrefillCudaGraphRunner.can_run_graph"
     ),
-    parameters=("self", "forward_batch"),
     kind="around",
     function=around_can_run,
 )

@@ -41,7 +41,6 @@ def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
 
 HOOK = Hook(
     target="sglang.srt.model_executor.model_runner.ModelRunner.load_model",
-    parameters=("self",),
     kind="around",
     function=around,
 )

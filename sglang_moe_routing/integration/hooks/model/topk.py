@@ -39,7 +39,13 @@ def before(
 
 
 def after_select(
-    result: Any, hidden_states: Tensor, router_logits: Tensor, topk_config: Any, **kwargs: Any
+    result: Any,
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    topk_config: Any,
+    *,
+    dynamic_expert_bias: Tensor | None = None,
+    **kwargs: Any,
 ) -> None:
     layer = getattr(topk_config, LAYER, None)
     if layer is None:
@@ -49,7 +55,7 @@ def after_select(
             f"layer {layer.layer_id}: SGLang packed the expert ids before they were re-routed; "
             "set SGLANG_OPT_LORA_FUSED_TOPK_PACK=0, or add --moe-runner-backend triton"
         )
-    if kwargs.get("dynamic_expert_bias") is not None:
+    if dynamic_expert_bias is not None:
         raise EngineError(
             f"layer {layer.layer_id}: a router bias that depends on the token is not supported"
         )
@@ -67,37 +73,16 @@ def before_precomputed(
 
 HOOK = Hook(
     target="sglang.srt.layers.moe.topk._post_process_topk_ids",
-    parameters=(
-        "topk_ids",
-        "topk_weights",
-        "topk_config",
-        "router_logits",
-        "layer_id",
-        "num_token_non_padded",
-        "expert_location_dispatch_info",
-        "padded_rows_masked",
-    ),
     kind="before",
     function=before,
 )
 SELECT = Hook(
     target="sglang.srt.layers.moe.topk.select_experts",
-    parameters=(
-        "hidden_states",
-        "router_logits",
-        "topk_config",
-        "layer_id",
-        "num_token_non_padded",
-        "expert_location_dispatch_info",
-        "dynamic_expert_bias",
-        "router_logits_partials",
-    ),
     kind="after",
     function=after_select,
 )
 PRECOMPUTED = Hook(
     target="sglang.srt.layers.moe.topk.build_precomputed_topk_output",
-    parameters=("topk_weights", "topk_ids", "topk_config", "layer_id"),
     kind="before",
     function=before_precomputed,
 )

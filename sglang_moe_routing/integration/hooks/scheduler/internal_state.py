@@ -34,7 +34,6 @@ HOOK = Hook(
         "sglang.srt.managers.scheduler_components.internal_state."
         "SchedulerInternalStateController.get_internal_state"
     ),
-    parameters=("self", "recv_req"),
     kind="after",
     function=after,
 )

@@ -29,7 +29,6 @@ HOOK = Hook(
         "sglang.srt.managers.scheduler_components.internal_state."
         "SchedulerInternalStateController.set_internal_state"
     ),
-    parameters=("self", "recv_req"),
     kind="around",
     function=around,
 )

@@ -23,10 +23,18 @@ _DEFAULT_GROUP_ID = 0
 _SESSION = "_sglang_moe_routing_choice"
 
 
-def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
-    given = dict(zip(HOOK.parameters[1:], args, strict=False)) | kwargs
-    params, choice = _take_choice(given["sampling_params"])
-    original(self, **given | {"sampling_params": params})
+def around(
+    original: Callable[..., Any],
+    self: Any,
+    rid: str,
+    origin_input_text: str | None,
+    origin_input_ids: Any,
+    sampling_params: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    params, choice = _take_choice(sampling_params)
+    original(self, rid, origin_input_text, origin_input_ids, params, *args, **kwargs)
     _apply(self, choice)
 
 
@@ -105,55 +113,6 @@ def _check_session(req: Any, choice: tuple[int, str]) -> None:
 
 HOOK = Hook(
     target="sglang.srt.managers.schedule_batch.Req.__init__",
-    parameters=(
-        "self",
-        "rid",
-        "origin_input_text",
-        "origin_input_ids",
-        "sampling_params",
-        "return_logprob",
-        "top_logprobs_num",
-        "dllm_config",
-        "token_ids_logprob",
-        "return_sampling_mask",
-        "sampling_logprobs_mode",
-        "return_flat_raw_top_logprobs",
-        "stream",
-        "origin_input_ids_unpadded",
-        "lora_id",
-        "input_embeds",
-        "positional_embed_overrides",
-        "token_type_ids",
-        "session",
-        "custom_logit_processor",
-        "require_reasoning",
-        "return_hidden_states",
-        "return_routed_experts",
-        "routed_experts_start_len",
-        "return_indexer_topk",
-        "eos_token_ids",
-        "bootstrap_host",
-        "bootstrap_port",
-        "bootstrap_room",
-        "disagg_mode",
-        "routed_dp_rank",
-        "disagg_prefill_dp_rank",
-        "kv_hints",
-        "vocab_size",
-        "priority",
-        "metrics_collector",
-        "extra_key",
-        "routing_key",
-        "dimensions",
-        "http_worker_ipc",
-        "time_stats",
-        "return_pooled_hidden_states",
-        "multi_item_delimiter_indices",
-        "token_indices_to_pool",
-        "decision_layout",
-        "session_id",
-        "cache_salt",
-    ),
     kind="around",
     function=around,
 )

@@ -108,7 +108,6 @@ HOOKS = (
             "sglang.srt.managers.scheduler_components.weight_updater."
             "SchedulerWeightUpdaterManager.update_weights_from_disk"
         ),
-        parameters=("self", "recv_req"),
         kind="around",
         function=around_disk,
     ),
@@ -117,7 +116,6 @@ HOOKS = (
             "sglang.srt.managers.scheduler_components.weight_updater."
             "SchedulerWeightUpdaterManager.update_weights_from_ipc"
         ),
-        parameters=("self", "recv_req"),
         kind="around",
         function=around_ipc,
     ),
@@ -126,7 +124,6 @@ HOOKS = (
             "sglang.srt.managers.scheduler_components.weight_updater."
             "SchedulerWeightUpdaterManager.begin_weight_update"
         ),
-        parameters=("self", "recv_req"),
         kind="around",
         function=around_begin,
     ),
@@ -135,7 +132,6 @@ HOOKS = (
             "sglang.srt.managers.scheduler_components.weight_updater."
             "SchedulerWeightUpdaterManager.check_weights"
         ),
-        parameters=("self", "recv_req"),
         kind="around",
         function=around_check,
     ),
@@ -144,7 +140,6 @@ HOOKS = (
             "sglang.srt.managers.scheduler_components.weight_updater."
             "SchedulerWeightUpdaterManager.release_memory_occupation"
         ),
-        parameters=("self", "recv_req"),
         kind="before",
         function=before_release,
     ),
