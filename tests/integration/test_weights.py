@@ -28,6 +28,7 @@ from sglang_moe_routing.integration.attach import check_artifacts
 from sglang_moe_routing.integration.hooks.scheduler import weights as hook
 from sglang_moe_routing.integration.reloading import Staged
 from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
+from sglang_moe_routing.policies import Sizes
 from sglang_moe_routing.runtime import Layer, Process, process, used_artifacts
 from sglang_moe_routing.runtime.definitions import define
 from sglang_moe_routing.runtime.weights import (
@@ -81,10 +82,12 @@ def test_an_artifact_of_other_sizes_is_refused(tmp_path: Path) -> None:
     loaded = load(tmp_path, SERE)
     artifacts = used_artifacts(loaded)
     with pytest.raises(ArtifactError, match="'a' is for 4 experts, but layer 0 of this model has"):
-        check_artifacts(loaded, artifacts, {0: 64}, ServedWeights("/copy", MINE))
+        check_artifacts(loaded, artifacts, {0: Sizes(2, 64)}, ServedWeights("/copy", MINE))
     with pytest.raises(ArtifactError, match=r"'a' has no matrix for MoE layers \[1\]"):
-        check_artifacts(loaded, artifacts, {0: 4, 1: 4}, ServedWeights("/copy", MINE))
-    check_artifacts(loaded, artifacts, {0: 4}, ServedWeights("/copy", MINE))
+        check_artifacts(
+            loaded, artifacts, {0: Sizes(2, 4), 1: Sizes(2, 4)}, ServedWeights("/copy", MINE)
+        )
+    check_artifacts(loaded, artifacts, {0: Sizes(2, 4)}, ServedWeights("/copy", MINE))
 
 
 def test_without_a_policy_that_uses_it_an_artifact_holds_nothing_up(
