@@ -27,8 +27,7 @@ from sglang_moe_routing.errors import ArtifactError
 from sglang_moe_routing.integration.attach import check_artifacts
 from sglang_moe_routing.integration.hooks.scheduler import weights as hook
 from sglang_moe_routing.integration.reloading import Staged
-from sglang_moe_routing.policies import FreeSlots, Router, Vanilla, build_table
-from sglang_moe_routing.policies import Sizes
+from sglang_moe_routing.policies import FreeSlots, Router, Sizes, Vanilla, build_table
 from sglang_moe_routing.runtime import Layer, Process, process, used_artifacts
 from sglang_moe_routing.runtime.definitions import define
 from sglang_moe_routing.runtime.weights import (
