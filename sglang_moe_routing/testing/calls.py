@@ -114,6 +114,7 @@ def check_call(call: Call, *, is_routers: bool = True) -> tuple[int, int]:
     Args:
         is_routers: whether the choice is the router's, and not just any.
     """
+    _check_form(call)
     scored = _score(call)
     base_ids = np.array(call["base_ids"], dtype=np.int64).reshape(-1, call["router"]["top_k"])
     if is_routers:
@@ -135,6 +136,17 @@ def check_call(call: Call, *, is_routers: bool = True) -> tuple[int, int]:
                 except CheckError:
                     pass
         raise
+
+
+def _check_form(call: Call) -> None:
+    """What is there for one row is there for each; only padded rows have neither name nor rule."""
+    parts = ("rules", "router_logits", "base_ids", "base_weights", "final_ids", "final_weights")
+    for part in parts:
+        if len(call[part]) != len(call["rows"]):
+            raise CheckError(f"{part} of {len(call[part])} rows, expected {len(call['rows'])}")
+    for b, (name, rule) in enumerate(zip(call["rows"], call["rules"], strict=True)):
+        if (name is None) != (rule is None):
+            raise CheckError(f"{_row(call, b)}: has the rule {rule}")
 
 
 def _score(call: Call) -> oracle.Scored:
@@ -210,6 +222,8 @@ def _check_rows(
             weights, before = call["final_weights"][b], call["base_weights"][b]
             if np.float32(weights).tobytes() != np.float32(before).tobytes():
                 raise CheckError(f"{_row(call, b)}: weighs {weights}, expected {before} unchanged")
+        if rule is None and any(call["final_weights"][b]):
+            raise CheckError(f"{_row(call, b)}: weighs {call['final_weights'][b]}, expected nothing")
         _check_weights(call, b, "final_weights", expected.weights[b])
     return expected.distinct, expected.distinct_base
 

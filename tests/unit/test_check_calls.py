@@ -244,7 +244,26 @@ PLANTED: dict[str, tuple[Callable[..., None], str]] = {
     ),
     "a free slot weighs": (change("final_weights", "topk", 3, 0.1), r"row 12 \(topk\): final_wei"),
     "a padded row has an expert": (change("final_ids", None, 0, 3), r"row 10 \(padding\): has"),
-    "a padded row weighs": (change("final_weights", None, 0, 0.5), r"row 10 \(padding\): final_w"),
+    "a padded row weighs": (
+        change("final_weights", None, 0, 5e-8),
+        r"row 10 \(padding\): weighs .*, expected nothing",
+    ),
+    "a row has a rule and no name": (
+        lambda call: call["rows"].__setitem__(11, None),
+        r"row 11 \(padding\): has the rule \{\}",
+    ),
+    "a row has a name and no rule": (
+        lambda call: call["rules"].__setitem__(12, None),
+        r"row 12 \(topk\): has the rule None",
+    ),
+    "there are experts of one row more": (
+        lambda call: call["final_ids"].append(call["final_ids"][0]),
+        "final_ids of 22 rows, expected 21",
+    ),
+    "there are logits of one row less": (
+        lambda call: call["router_logits"].pop(),
+        "router_logits of 20 rows, expected 21",
+    ),
     "the union has one more": (more_in_union, r"the union is \[.*, expected \["),
     "the union lacks one": (lambda call: call["union"].pop(), "the union is"),
     "the router did not choose this": (
