@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.layers.moe.token_dispatcher import standard
 from sglang.srt.layers.moe.topk import TopK, TopKConfig, TopKOutputFormat
 from sglang.srt.layers.moe.utils import get_moe_runner_backend
 
@@ -17,6 +18,10 @@ BINDS_RUNNERS = hasattr(TopK, "bind_runner_backend")
 SCALES_PLAIN_WEIGHTS = BINDS_RUNNERS
 """Whether every router applies ``routed_scaling_factor`` also where it does not renormalise; before
 0.5.23, some do and others do not."""
+
+DISPATCH_KEEPS_FREE = hasattr(standard, "_map_topk_ids_to_local_experts")
+"""Whether an id of -1 stays one where expert parallelism makes ids local, as since 0.5.23; before,
+it became the last expert's."""
 
 
 def num_shared_slots(config: TopKConfig) -> int:

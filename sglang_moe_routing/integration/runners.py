@@ -99,7 +99,10 @@ _CUTLASS = (
         f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh",
         "expert >= start_expert && expert < end_expert",
     ),
-    Source(f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh", "break;"),
+    Source(
+        f"{_FUSED}/cutlass_backend/cutlass_fused_moe_kernels.cuh",
+        "expanded_token_id = i * num_tokens + token_id;",
+    ),
 )
 
 _PLATFORM = "its platform is not supported"
@@ -307,13 +310,13 @@ def free_slots(experts: FusedMoE, where: str) -> FreeSlots:
     """
     _refuse_unread(experts, where)
     runner = _find(experts, where)
-    if not _ids_are_mapped():
+    mapping = _mapping_flags(experts)
+    if not mapping:
         return FreeSlots.IGNORED if runner.skips_free else FreeSlots.REPEAT_FIRST
     if not runner.takes_repeats:
         raise EngineError(
-            f"{where}: an expert dispatch algorithm maps ids after the routing, and MoE runner "
-            f"{runner.name} takes no expert twice; unset --ep-dispatch-algorithm and "
-            "--init-expert-location, or add --moe-runner-backend triton"
+            f"{where}: expert ids are mapped after the routing, and MoE runner {runner.name} takes "
+            f"no expert twice; unset {mapping}, or add --moe-runner-backend triton"
         )
     return FreeSlots.REPEAT_FIRST
 
@@ -375,9 +378,13 @@ def _is_sglang(thing: Any) -> bool:
     return str(kind.__module__).partition(".")[0] == "sglang"
 
 
-def _ids_are_mapped() -> bool:
-    """Whether SGLang maps logical to physical experts after the routing: -1 would be the last."""
-    return get_exec().moe.ep_dispatch_algorithm is not None
+def _mapping_flags(experts: FusedMoE) -> str:
+    """Flags that make SGLang map ids after the routing, where -1 would be the last expert."""
+    if get_exec().moe.ep_dispatch_algorithm is not None:
+        return "--ep-dispatch-algorithm and --init-expert-location"
+    if experts.moe_ep_size > 1 and not compat.DISPATCH_KEEPS_FREE:
+        return "--ep-size"
+    return ""
 
 
 def _reads_every_id(experts: FusedMoE, name: str) -> bool:

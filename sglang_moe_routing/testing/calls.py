@@ -223,7 +223,9 @@ def _check_rows(
             if np.float32(weights).tobytes() != np.float32(before).tobytes():
                 raise CheckError(f"{_row(call, b)}: weighs {weights}, expected {before} unchanged")
         if rule is None and any(call["final_weights"][b]):
-            raise CheckError(f"{_row(call, b)}: weighs {call['final_weights'][b]}, expected nothing")
+            raise CheckError(
+                f"{_row(call, b)}: weighs {call['final_weights'][b]}, expected nothing"
+            )
         _check_weights(call, b, "final_weights", expected.weights[b])
     return expected.distinct, expected.distinct_base
 

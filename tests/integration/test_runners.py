@@ -14,6 +14,8 @@ import torch
 sglang = pytest.importorskip("sglang")
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE  # noqa: E402
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig  # noqa: E402
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher  # noqa: E402
+from sglang.srt.layers.moe.topk import StandardTopKOutput  # noqa: E402
 from sglang.srt.layers.moe.utils import MoeRunnerBackend  # noqa: E402
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase  # noqa: E402
 from sglang.srt.layers.quantization.bitsandbytes import BitsAndBytesMoEMethod  # noqa: E402
@@ -54,7 +56,7 @@ def make_layer(method: FusedMoEMethodBase, scheme: Any = None) -> Any:
     """A layer as SGLang loads it, but for its weights: the method makes its own runner."""
     layer: Any = FusedMoE.__new__(FusedMoE)
     torch.nn.Module.__init__(layer)
-    layer.quant_method, layer.scheme = method, scheme
+    layer.quant_method, layer.scheme, layer.moe_ep_size = method, scheme, 1
     layer.moe_runner_config = MoeRunnerConfig(num_experts=8, num_local_experts=8)
     method.create_moe_runner(layer, layer.moe_runner_config)
     layer.runner = getattr(method, "runner", None)
@@ -259,6 +261,42 @@ def test_ids_that_are_mapped_afterwards_repeat_or_are_refused() -> None:
         layer = make_layer(unquantised())
         with pytest.raises(EngineError, match="unset --ep-dispatch-algorithm"):
             runners.free_slots(layer, "layer 3")
+
+
+@pytest.mark.parametrize("keeps_free", [True, False])
+def test_ids_that_expert_parallelism_maps_repeat_or_are_refused(
+    monkeypatch: pytest.MonkeyPatch, keeps_free: bool
+) -> None:
+    """Where a free slot does not stay one."""
+    monkeypatch.setattr(compat, "DISPATCH_KEEPS_FREE", keeps_free)
+    with engine():
+        layer = make_layer(unquantised())
+        layer.moe_ep_size = 2
+        expected = usual("triton") if keeps_free else FreeSlots.REPEAT_FIRST
+        assert runners.free_slots(layer, "layer 3") is expected
+    with engine("deep_gemm"):
+        layer = make_layer(unquantised())
+        assert runners.free_slots(layer, "layer 3") is FreeSlots.IGNORED
+        layer.moe_ep_size = 2
+        if keeps_free:
+            assert runners.free_slots(layer, "layer 3") is FreeSlots.IGNORED
+            return
+        with pytest.raises(EngineError, match="unset --ep-size, or add"):
+            runners.free_slots(layer, "layer 3")
+
+
+def test_a_free_slot_becomes_what_we_say_where_ids_become_local() -> None:
+    """By SGLang's own dispatcher, on the rank that has the last experts."""
+    dispatcher: Any = object.__new__(StandardDispatcher)
+    dispatcher.moe_ep_size, dispatcher.skip_local_expert_mapping = 2, False
+    dispatcher.use_aiter_moe_runner = False
+    dispatcher.local_expert_mapping = torch.tensor([-1, -1, 0, 1], dtype=torch.int32)
+    ids = torch.tensor([[3, -1], [0, -1]])
+    given = StandardTopKOutput(torch.zeros(2, 2), ids, torch.zeros(2, 4))
+    with engine():
+        found = dispatcher.dispatch(torch.zeros(2, 8), given).topk_output.topk_ids
+    free = -1 if compat.DISPATCH_KEEPS_FREE else 1
+    assert found.tolist() == [[1, free], [-1, free]]
 
 
 def test_the_kernel_for_few_nvfp4_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,8 @@ RELIED_ON: tuple[Symbol, ...] = (
     Symbol(f"{_MOE}.hash_topk.HashTopK"),
     Symbol(
         f"{_MOE}.fused_moe_triton.layer.FusedMoE",
-        "layer_id is_shared_fused_moe num_experts num_fused_shared_experts quant_method runner "
-        "moe_runner_config",
+        "layer_id is_shared_fused_moe num_experts num_fused_shared_experts moe_ep_size "
+        "quant_method runner moe_runner_config",
     ),
     Symbol(f"{_MOE}.fused_moe_triton.layer.FusedMoE.run_moe_core"),
     Symbol(f"{_MOE}.moe_runner.runner.MoeRunner", "fused_func runner_core runner_backend"),
