@@ -144,8 +144,9 @@ def attributes(kind: type) -> Iterator[str]:
         yield from _own_names(base)
         node = _definitions(base.__module__).get(base.__qualname__)
         for part in ast.walk(node) if node else ():
-            if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
-                yield part.attr
+            match part:
+                case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                    yield name
 
 
 def _place(target: str) -> tuple[str, str]:
