@@ -126,90 +126,11 @@ REFUSED_VARIABLES: Mapping[str, Refusal] = {
     ),
 }
 
-_RUNNER = "the expert kernels of a loaded layer are known, or it is refused"
-_ROUTER = "routers are read from the loaded model, not from its config"
-_COUNTED = "every forward and every captured graph must ask each layer, always equally often"
-_GRAPHS = "the capture of decode graphs and the replay of prefill graphs are hooked"
-_KV = "a policy's namespace is part of the keys of these caches"
-
-HANDLED_FLAGS: Mapping[str, str] = {
-    _RUNNER: """
-        moe_runner_backend quantization flashinfer_mxfp4_moe_precision
-        enable_fused_moe_sum_all_reduce kt_weight_path kt_method kt_cpuinfer
-        kt_threadpool_count kt_num_gpu_experts kt_max_deferred_experts_per_token
-        enable_paged_experts paged_experts_num_resident
-    """,
-    "kernels that add adapters take what their runner takes; LoRA's own runners are refused": """
-        enable_lora lora_paths lora_use_virtual_experts experts_shared_outer_loras
-    """,
-    _ROUTER: """
-        json_model_override_args disable_shared_experts_fusion enforce_shared_experts_fusion
-        trust_remote_code
-    """,
-    _COUNTED: """
-        model_impl debug_cuda_graph enable_attn_tp_input_scattered
-        enable_layernorm_sp enable_megamoe_for_layernorm_sp enable_decoder_swa_bounded_replay
-        enable_encoder_swa_bounded_replay
-    """,
-    _GRAPHS: """
-        cuda_graph_config cuda_graph_backend_decode cuda_graph_backend_prefill
-        cuda_graph_max_bs_decode cuda_graph_max_bs_prefill cuda_graph_bs_decode
-        cuda_graph_bs_prefill cuda_graph_max_seq_len_prefill cuda_graph_prefill_max_context
-        disable_prefill_cuda_graph disable_decode_cuda_graph disable_cuda_graph
-        disable_cuda_graph_padding
-    """,
-    _KV: """
-        disable_radix_cache enable_hierarchical_cache hicache_storage_backend enable_lmcache
-        enable_unified_cache_external_linker kv_events_config
-    """,
-    "expert ids are logical where they are re-routed, and mapped afterwards": """
-        ep_size init_expert_location
-    """,
-    "ranks agree on config and artifacts, and decide alike": "tp_size nnodes node_rank",
-    "every replica has its own batches": "dp_size load_balance_method",
-    "batches mixed with prefill run without the prefill graph": "enable_mixed_chunk",
-    "the platform of a model is checked when it is loaded": "device",
-    "artifacts are held to the weights that are served": """
-        model_path revision download_dir load_format
-    """,
-    "the row buffer holds the largest batch": """
-        chunked_prefill_size max_prefill_tokens context_length
-    """,
-    "policies are chosen, and reported, on every endpoint": """
-        served_model_name fastapi_root_path enable_http2 enable_streaming_session api_key
-        admin_api_key enable_custom_logit_processor enable_return_routed_experts enable_metrics
-    """,
-}
-
-HANDLED_VARIABLES: Mapping[str, str] = {
-    _RUNNER: """
-        SGLANG_DEEPGEMM_STANDARD_LAYOUT SGLANG_OPT_DG_COMPACT_EAGER SGLANG_OPT_DG_MASKED_M_CAP
-        SGLANG_CI_DISABLE_MOE_FUSED_FUNC SGLANG_OPT_USE_JIT_KERNEL_MOE_ALIGN SGLANG_INT4_WEIGHT
-        SGLANG_ENABLE_MOE_DEFERRED_FINALIZE SGLANG_MOE_DEFERRED_FINALIZE_MAX_TOKENS
-        SGLANG_FLASHINFER_MOE_FUSED_FINALIZE SGLANG_EXPERIMENTAL_LORA_OPTI
-        SGLANG_OPT_LORA_FUSED_MERGED_ALIGN SGLANG_OPT_LORA_PREFILL_ROUTING_REUSE
-    """,
-    _COUNTED: """
-        SGLANG_FORCE_FUSED_OP_BACKEND SGLANG_K3_FUSED_FRONT SGLANG_K3_SP_ATTN_RES
-        SGLANG_OPT_DEEPGEMM_MEGA_GATE SGLANG_OPT_USE_FUSED_HASH_TOPK SGLANG_OPT_USE_FUSED_GATE_TOPK
-    """,
-    _GRAPHS: """
-        SGLANG_ENABLE_CUDA_GRAPH_DEDUP SGLANG_ENABLE_METADATA_GLUE_GRAPH
-        SGLANG_GRAPH_BATCH_CAPTURE SGLANG_ENABLE_CUDA_GRAPH_CAPTURE_TRACE
-    """,
-    "other platforms are refused": """
-        SGLANG_USE_AITER SGLANG_ROCM_SMALLM_ROUTER SGLANG_ROCM_SMALLM_MOE SGLANG_MORI_NO_PAD_MASK
-    """,
-    "a missing or replaced hook is refused": "SGLANG_PLUGINS",
-    "retracted requests keep their policy": """
-        SGLANG_TEST_RETRACT SGLANG_TEST_RETRACT_INTERVAL SGLANG_TEST_RETRACT_NO_PREFILL_BS
-    """,
-}
-
-
-_NEUTRAL = yaml.safe_load(Path(__file__).with_name("neutral_settings.yaml").read_text())
-NEUTRAL_FLAGS: Mapping[str, str] = _NEUTRAL["flags"]
-NEUTRAL_VARIABLES: Mapping[str, str] = _NEUTRAL["variables"]
+_SERVED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+HANDLED_FLAGS: Mapping[str, str] = _SERVED["handled"]["flags"]
+HANDLED_VARIABLES: Mapping[str, str] = _SERVED["handled"]["variables"]
+NEUTRAL_FLAGS: Mapping[str, str] = _SERVED["neutral"]["flags"]
+NEUTRAL_VARIABLES: Mapping[str, str] = _SERVED["neutral"]["variables"]
 
 
 def names(groups: Mapping[str, str]) -> frozenset[str]:
