@@ -12,13 +12,12 @@ from pydantic import (
     BeforeValidator,
     Discriminator,
     Field,
-    GetJsonSchemaHandler,
     SerializeAsAny,
     Tag,
+    WithJsonSchema,
     create_model,
     model_validator,
 )
-from pydantic_core import CoreSchema
 
 from ..errors import shorten
 from ..policies import Policy, PolicyRegistry, Vanilla
@@ -51,17 +50,10 @@ def _parse_source(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
-class _SourceJson:
-    """JSON schema of "a path or a source object"."""
-
-    @staticmethod
-    def __get_pydantic_json_schema__(
-        schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, handler(schema)]}
-
-
-Source = Annotated[SimilaritySource, BeforeValidator(_parse_source), _SourceJson]
+Source = Annotated[
+    SimilaritySource,
+    BeforeValidator(_parse_source, json_schema_input_type=str | SimilaritySource),
+]
 
 Choosable = Annotated[
     Annotated[Literal["all"], Tag("all")] | Annotated[list[Name], Tag("names")],
@@ -90,19 +82,14 @@ def _check_headers(names: list[str]) -> list[str]:
     return names
 
 
-class _HeaderJson:
-    """JSON schema of "a header name or a list of them"."""
-
-    @staticmethod
-    def __get_pydantic_json_schema__(
-        schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        name = {"type": "string", "pattern": HEADER_PATTERN, "maxLength": 64}
-        return {"anyOf": [name, {"type": "array", "items": name, "minItems": 1}]}
-
-
+_HEADER_SCHEMA = {"type": "string", "pattern": HEADER_PATTERN, "maxLength": 64}
 Headers = Annotated[
-    list[str], BeforeValidator(_parse_headers), AfterValidator(_check_headers), _HeaderJson
+    list[str],
+    BeforeValidator(_parse_headers),
+    AfterValidator(_check_headers),
+    WithJsonSchema(
+        {"anyOf": [_HEADER_SCHEMA, {"type": "array", "items": _HEADER_SCHEMA, "minItems": 1}]}
+    ),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -112,25 +112,18 @@ def _check_ranks_agree(process: Process) -> None:
 
 def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
     """Router and experts of every MoE layer, by layer id, in layer order."""
-    bypassing = [name for name, m in model.named_modules() if isinstance(m, HashTopK)]
+    named = list(model.named_modules())
+    bypassing = [name for name, m in named if isinstance(m, HashTopK)]
     if bypassing:
         raise EngineError(f"{bypassing[0]}: hash-routed layers have no scores to re-route by")
-    biased = [name for name, m in model.named_modules() if _has_bias_per_token(m)]
+    biased = [name for name, m in named if _has_bias_per_token(m)]
     if biased:
         raise EngineError(f"{biased[0]}: a router bias that depends on the token is not supported")
     experts = _by_layer(
-        {
-            name: m
-            for name, m in model.named_modules()
-            if isinstance(m, FusedMoE) and not m.is_shared_fused_moe
-        }
+        (name, m) for name, m in named if isinstance(m, FusedMoE) and not m.is_shared_fused_moe
     )
     routers = _by_layer(
-        {
-            name: m
-            for name, m in model.named_modules()
-            if isinstance(m, TopK) and m.layer_id in experts
-        }
+        (name, m) for name, m in named if isinstance(m, TopK) and m.layer_id in experts
     )
     if not experts:
         raise EngineError(f"{type(model).__name__} has no MoE layers that SGLang routes")
@@ -143,10 +136,10 @@ def _routed_layers(model: torch.nn.Module) -> dict[int, tuple[TopK, FusedMoE]]:
     return {layer: (routers[layer], experts[layer]) for layer in sorted(experts)}
 
 
-def _by_layer(modules: Mapping[str, Module]) -> dict[int, Module]:
+def _by_layer(modules: Iterable[tuple[str, Module]]) -> dict[int, Module]:
     """Modules by layer id. Of two with the same one, the first would be served as it is."""
     found: dict[int, tuple[str, Module]] = {}
-    for name, module in modules.items():
+    for name, module in modules:
         if module.layer_id in found:
             raise EngineError(
                 f"{found[module.layer_id][0]} and {name} both belong to MoE layer "
@@ -240,33 +233,27 @@ def _make_layer(
             "kernel; add --moe-runner-backend triton"
         )
     sizes = _sizes(topk, experts)
-    top_k, num_experts = sizes.top_k, sizes.num_experts
     router = make_router(config, where)
     table = make_table(process.ids.table, topk.layer_id, sizes)
     if has_graphs:
         table = with_capacity(table, _capacity(process.config, table.capacity))
     table = table.to(device)
-    if implementation.is_native:
-        _check_kernels(beyond_limits(router, num_experts, top_k), where)
+    limit = beyond_limits(router, sizes.num_experts, sizes.top_k)
+    if implementation.is_native and limit:  # rather than serve it many times slower unasked
+        raise KernelError(
+            f"{where}: {limit}. {CHOICE}=torch serves it with plain torch, many times slower"
+        )
     return Layer(
         layer_id=topk.layer_id,
         index=index,
-        num_experts=num_experts,
-        top_k=top_k,
+        num_experts=sizes.num_experts,
+        top_k=sizes.top_k,
         router=router,
         free_slots=runners.free_slots(experts, where),
         table=table,
         has_kernels=implementation.is_native,
-        union=torch.zeros(num_experts, dtype=torch.bool, device=device),
+        union=torch.zeros(sizes.num_experts, dtype=torch.bool, device=device),
     )
-
-
-def _check_kernels(limit: str, where: str) -> None:
-    """Refuse a layer that the kernels cannot hold, rather than serve it many times slower."""
-    if limit:
-        raise KernelError(
-            f"{where}: {limit}. {CHOICE}=torch serves it with plain torch, many times slower"
-        )
 
 
 def _capacity(config: RoutingConfig, needed: Capacity) -> Capacity:

@@ -3,7 +3,6 @@
 from ..policies import MAX_ROWS
 from .limits import MAX_EXPERTS, MAX_GROUPS, MAX_TOP_K, beyond_limits, written_in_torch
 from .native import (
-    CACHE,
     CHOICE,
     REFERENCE,
     TARGET_ARCHITECTURES,
@@ -15,7 +14,6 @@ from .native import (
 from .ops import NOT_COUNTED, BoundLayer, refine, workspace
 
 __all__ = [
-    "CACHE",
     "CHOICE",
     "MAX_EXPERTS",
     "MAX_GROUPS",

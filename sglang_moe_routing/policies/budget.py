@@ -25,11 +25,10 @@ class Filled(Mapped):
     on top."""
 
     def check(self, top_k: int, num_experts: int) -> list[str]:
-        problems: list[str] = []
         worst = max(self.max_active.values())
         if worst > num_experts:
-            problems.append(f"max_active: {worst} exceeds the model's {num_experts} experts")
-        return problems
+            return [f"max_active: {worst} exceeds the model's {num_experts} experts"]
+        return []
 
     def doubts(self, top_k: int, num_experts: int) -> list[str]:
         least = min(self.max_active.values_from(self.engage.min_rows))

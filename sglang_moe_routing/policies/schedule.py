@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import Field, GetJsonSchemaHandler
+from pydantic import Field, GetJsonSchemaHandler, WithJsonSchema
 from pydantic.functional_validators import BeforeValidator
 from pydantic_core import CoreSchema
 
@@ -75,15 +75,7 @@ _LAYERS_SCHEMA = {
 }
 
 
-class _LayersJson:
-    @staticmethod
-    def __get_pydantic_json_schema__(
-        schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return dict(_LAYERS_SCHEMA)
-
-
-Layers = Annotated[tuple[int, ...], BeforeValidator(parse_layers), _LayersJson]
+Layers = Annotated[tuple[int, ...], BeforeValidator(parse_layers), WithJsonSchema(_LAYERS_SCHEMA)]
 """Layer ids, written as ``5``, ``"0-3,7"`` or a list."""
 
 
@@ -136,20 +128,20 @@ class Schedule(StrictModel, Generic[Number]):
         for layers, value in self.layers.items():
             if layer in layers:
                 return value
+        return self._at(num_rows)
+
+    def _at(self, num_rows: int) -> Number:
+        """The value on layers that `layers` does not name."""
         reached = [start for start in self.rows if start <= num_rows]
         return self.rows[max(reached)] if reached else self.default
 
     def values(self) -> list[Number]:
         """Every value that this schedule can take."""
-        values: list[Number] = [self.default]
-        values.extend(self.rows.values())
-        values.extend(self.layers.values())
-        return values
+        return self.values_from(0)
 
     def values_from(self, num_rows: int) -> list[Number]:
         """Every value that this schedule can take at `num_rows` live rows or more."""
-        reached = [start for start in self.rows if start <= num_rows]
-        values: list[Number] = [self.rows[max(reached)] if reached else self.default]
+        values: list[Number] = [self._at(num_rows)]
         values.extend(value for start, value in self.rows.items() if start > num_rows)
         values.extend(self.layers.values())
         return values

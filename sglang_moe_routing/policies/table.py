@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import torch
@@ -133,19 +133,16 @@ def build_table(
     words = torch.zeros(len(policies), len(starts), len(WORDS), dtype=torch.int32)
     floats = words.view(torch.float32)
     for row, (policy, artifact) in enumerate(zip(policies, artifacts, strict=True)):
-        _check(policy, artifact, similarity, top_k, num_experts)
-        _check_rule(policy, layer, top_k, num_experts)
+        _check(policy, artifact, similarity, layer, top_k, num_experts)
         for step, start in enumerate(starts):
-            place = Place(layer, start, top_k, num_experts)
-            if policy.is_vanilla(place):
+            rule = policy.in_force(Place(layer, start, top_k, num_experts))
+            if rule.is_vanilla(top_k):
                 continue
-            rule = policy.rule_at(place)
             flags = _flags(rule, artifact in coefficients)
             numbers = _numbers(rule, flags, places.get(artifact or "", 0))
-            for word, name in enumerate(WORDS):
-                if name in numbers:
-                    to = floats if name in FLOATS else words
-                    to[row, step, word] = numbers[name]
+            for name, number in numbers.items():
+                to = floats if name in FLOATS else words
+                to[row, step, WORDS.index(name)] = number
     words[..., _START] = torch.tensor(starts, dtype=torch.int32)
     return PolicyTable(
         words=words,
@@ -195,6 +192,7 @@ def _check(
     policy: Policy,
     artifact: str | None,
     similarity: Mapping[str, Tensor],
+    layer: int,
     top_k: int,
     num_experts: int,
 ) -> None:
@@ -202,14 +200,10 @@ def _check(
     if policy.uses_similarity and artifact not in similarity:
         known = ", ".join(similarity) or "none"
         problems.append(f"similarity: no artifact {artifact!r} for this layer; known: {known}")
+    if not problems:
+        problems += islice(rule_problems(policy, layer, top_k, num_experts), 1)
     if problems:
         raise PolicyError("; ".join(problems))
-
-
-def _check_rule(policy: Policy, layer: int, top_k: int, num_experts: int) -> None:
-    problem = next(rule_problems(policy, layer, top_k, num_experts), "")
-    if problem:
-        raise PolicyError(problem)
 
 
 def rule_problems(policy: Policy, layer: int, top_k: int, num_experts: int) -> Iterator[str]:

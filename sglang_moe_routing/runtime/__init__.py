@@ -1,11 +1,10 @@
 """Routing in a running process: policy ids, plans of forwards, buffers, counts. Knows no engine."""
 
 from .model import ServedModel
-from .plan import Call, Layer, Plan
+from .plan import Layer, Plan
 from .process import Process, current, digests, start, used_artifacts
 
 __all__ = [
-    "Call",
     "Layer",
     "Plan",
     "Process",

@@ -123,9 +123,8 @@ class RowCounts:
 
     def read(self) -> dict[str, dict[str, int]]:
         """Rows by policy, and those in which it did not act, by reason."""
-        names = sorted(self.rows)
         return {
             name: {"rows": self.rows[name]}
             | {r: self.disengaged[name, r] for r in ("min_rows", "max_rows")}
-            for name in names
+            for name in sorted(self.rows)
         }

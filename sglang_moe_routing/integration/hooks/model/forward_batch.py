@@ -7,14 +7,17 @@ device. Rows beyond the requests are beam members, which are always vanilla.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from typing import Any, TypeVar
 
 from .... import runtime
 from ....engine.hooking import Hook
 from ....runtime.definitions import VANILLA_ID
 from ....runtime.plan import Plan
 from ...marks import GROUP_ID, PLAN, POLICY_ID
+
+Value = TypeVar("Value")
 
 
 def after(
@@ -32,42 +35,43 @@ def make_plan(batch: Any, batch_size: int) -> Plan | None:
     groups = [getattr(req, GROUP_ID) for req in batch.reqs]
     rids = [req.rid for req in batch.reqs]
     if mode.is_decode():
-        leaders = [e.leader_idx for e in _beams(batch) for _ in range(e.start, e.end)]
-        return Plan(
-            policy_ids=ids + [VANILLA_ID] * (batch_size - len(ids)),
-            group_ids=groups + [groups[leader] for leader in leaders],
-            request_ids=rids + [rids[leader] for leader in leaders],
-            phase=mode.name,
-            is_decode=True,
-        )
-    if not mode.is_extend():
-        return None
-    decoding = {id(req) for req in batch.decoding_reqs or ()} if mode.is_mixed() else set()
-    definitions = runtime.current().ids.table
-    rows: list[int] = []
-    row_groups: list[int] = []
-    row_rids: list[str] = []
-    requests = zip(batch.reqs, ids, groups, batch.extend_lens, strict=True)
-    for req, policy_id, group_id, num_tokens in requests:
-        acts_in_prefill = definitions[policy_id].policy.engage.phase == "all"
-        acts = id(req) in decoding or acts_in_prefill
-        rows += [policy_id if acts else VANILLA_ID] * num_tokens
-        row_groups += [group_id] * num_tokens
-        row_rids += [req.rid] * num_tokens
-    if not any(rows):
+        beams = batch.beam_tail.entries if batch.beam_tail else ()  # behind the requests
+        leaders = [e.leader_idx for e in beams for _ in range(e.start, e.end)]
+        ids += [VANILLA_ID] * (batch_size - len(ids))
+        groups += [groups[leader] for leader in leaders]
+        rids += [rids[leader] for leader in leaders]
+    elif mode.is_extend():
+        ids = _by_token(_acting(batch, ids), batch)
+        if not any(ids):
+            return None
+        groups, rids = _by_token(groups, batch), _by_token(rids, batch)
+    else:
         return None
     return Plan(
-        policy_ids=rows,
-        group_ids=row_groups,
-        request_ids=row_rids,
+        policy_ids=ids,
+        group_ids=groups,
+        request_ids=rids,
         phase=mode.name,
-        is_decode=False,
+        is_decode=mode.is_decode(),
     )
 
 
-def _beams(batch: Any) -> Sequence[Any]:
-    """Further rows of beam searches, which lie behind those of the requests."""
-    return batch.beam_tail.entries if batch.beam_tail else ()
+def _acting(batch: Any, ids: Sequence[int]) -> list[int]:
+    """Policy ids of an extend batch's requests; prompts are vanilla but for phase 'all'."""
+    decoding = (
+        {id(req) for req in batch.decoding_reqs or ()} if batch.forward_mode.is_mixed() else ()
+    )
+    definitions = runtime.current().ids.table
+    return [
+        i if id(req) in decoding or definitions[i].policy.engage.phase == "all" else VANILLA_ID
+        for req, i in zip(batch.reqs, ids, strict=True)
+    ]
+
+
+def _by_token(values: Iterable[Value], batch: Any) -> list[Value]:
+    """The requests' `values`, each as often as its request has tokens in an extend batch."""
+    sized = zip(values, batch.extend_lens, strict=True)
+    return [*chain.from_iterable(repeat(value, num_tokens) for value, num_tokens in sized)]
 
 
 HOOK = Hook(
