@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,11 +110,8 @@ class FusedExperts(Experts):
             hidden, ids, weights = signature.bind(*args, **kwargs).args[:NUM_ARGUMENTS]
             seen.append(Routing(hidden, ids.long(), weights, output))
 
-        handle = self.module.register_forward_hook(record, with_kwargs=True)
-        try:
+        with self.module.register_forward_hook(record, with_kwargs=True):
             yield seen
-        finally:
-            handle.remove()
 
 
 class ExpertList(Experts):
@@ -152,25 +149,18 @@ class ExpertList(Experts):
             combined = _first(output).flatten(0, -2) - rest
             seen.append(Routing(hidden.flatten(0, -2), topk_ids, topk_weights, combined))
 
-        handle = self.block.register_forward_hook(record, with_kwargs=True)
-        try:
+        with self.block.register_forward_hook(record, with_kwargs=True):
             yield seen
-        finally:
-            handle.remove()
 
     @contextmanager
     def _answering(self, answer: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
         def replace(expert: int) -> Callable[..., Tensor]:
             return lambda module, args, output: answer(expert, output)
 
-        handles = [
-            e.register_forward_hook(replace(i)) for i, e in enumerate(self.module.children())
-        ]
-        try:
+        with ExitStack() as hooks:
+            for i, expert in enumerate(self.module.children()):
+                hooks.enter_context(expert.register_forward_hook(replace(i)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _unit_vector(expert: int, output: Tensor) -> Tensor:
