@@ -20,11 +20,20 @@ from .. import demo as assets
 from ..bench.serve import Run, Settings, Target, measure, summary
 from ..config import bundled_config, load_config
 from ..errors import EngineError
-from ..serving.load import served_policies
+from ..serving.load import served_policies, wanted_policies
 from ..serving.machine import describe_machine
 from ..serving.server import running_server
 from .options import ApiKey, Cpu, Policies, Temperature
-from .output import Json, clear_errors, command_line, console, errors, print_json, wanted_policies
+from .output import (
+    Json,
+    clear_errors,
+    command_line,
+    console,
+    errors,
+    print_json,
+    rounded,
+    say,
+)
 
 
 def serve(
@@ -102,7 +111,7 @@ def serve(
         print_json(result)
     else:
         _print(result["policies"], settings)
-    errors.print(f"raw results and logs: {folder}", highlight=False, soft_wrap=True)
+    say(f"raw results and logs: {folder}", to=errors)
 
 
 def _refuse_what_only_a_server_needs(
@@ -162,5 +171,5 @@ def _print(policies: Mapping[str, Mapping[str, Any]], settings: Settings) -> Non
         table.add_column(title, no_wrap=True, justify="right")
     for name, figures in policies.items():
         values = [figures[key] for key in columns.values()]
-        table.add_row(name, *("-" if value is None else f"{value:.1f}" for value in values))
+        table.add_row(name, *map(rounded, values))
     console.print(table)

@@ -22,6 +22,7 @@ from ..evaluation.pairs import parse_pairs
 from ..evaluation.report import Row, rows_of, write_report
 from ..evaluation.run import Result, cases, check_cases, run
 from ..policies import Policy
+from ..serving.load import wanted_policies
 from ..serving.machine import describe_machine
 from ..serving.server import running_server
 from ..text import TokenizedText, load_tokenizer, read_text
@@ -35,7 +36,7 @@ from .output import (
     errors,
     numbers,
     print_json,
-    wanted_policies,
+    say,
 )
 
 Model = Annotated[str, typer.Argument(help="Model folder or name.")]
@@ -142,7 +143,7 @@ def evaluate(
     else:
         print_rows(rows_of(result.as_json(), families, times))
         print_pairs(result.compared)
-    errors.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    say(f"report: {out / 'report.html'}", to=errors)
 
 
 def read_bench(file: Path | None) -> Mapping[str, Any] | None:
