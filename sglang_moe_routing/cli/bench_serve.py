@@ -13,8 +13,6 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich import box
-from rich.table import Table
 
 from .. import demo as assets
 from ..bench.serve import Run, Settings, Target, measure, summary
@@ -29,10 +27,12 @@ from .output import (
     clear_errors,
     command_line,
     console,
+    dense_table,
     errors,
     print_json,
     rounded,
     say,
+    showing_start,
 )
 
 
@@ -98,7 +98,7 @@ def serve(
                     flags=["--random-seed", "0", *context.args],
                     log=folder / "server.log",
                     cpu=cpu,
-                    on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                    on_wait=showing_start(status),
                 )
             )
             target, names = _running(server.url, model, policies, api_key)
@@ -149,11 +149,9 @@ def _as_json(runs: Sequence[Run], target: Target, settings: Settings) -> dict[st
 
 
 def _print(policies: Mapping[str, Mapping[str, Any]], settings: Settings) -> None:
-    table = Table(
-        title=f"{settings.concurrency} requests at a time, {settings.rounds} rounds of "
-        f"{settings.num_prompts} requests, {settings.input_len} + {settings.output_len} tokens",
-        box=box.SIMPLE,  # ten columns in 80 characters
-        collapse_padding=True,
+    title = (
+        f"{settings.concurrency} requests at a time, {settings.rounds} rounds of "
+        f"{settings.num_prompts} requests, {settings.input_len} + {settings.output_len} tokens"
     )
     columns = {
         "T": "active_experts",
@@ -166,9 +164,7 @@ def _print(policies: Mapping[str, Mapping[str, Any]], settings: Settings) -> Non
         "TTFT\nms": "ttft_ms",
         "tok/s": "output_tokens_per_s",
     }
-    table.add_column("policy", overflow="fold")
-    for title in columns:
-        table.add_column(title, no_wrap=True, justify="right")
+    table = dense_table(title, "policy", columns)
     for name, figures in policies.items():
         values = [figures[key] for key in columns.values()]
         table.add_row(name, *map(rounded, values))

@@ -22,7 +22,7 @@ from ..errors import CheckError
 from ..serving.load import Answer, Job, Load, LoadClient
 from ..serving.server import Server, has_accelerator, running_server
 from ..testing import Checked, check_calls, read_records
-from .output import Json, clear_errors, console, errors, print_json, rounded, say
+from .output import Json, clear_errors, console, errors, print_json, rounded, say, showing_start
 
 NUM_REQUESTS = 16
 MAX_TOKENS = 32
@@ -97,7 +97,7 @@ def _served(folder: Path, keep: bool) -> Iterator[Server]:
                     environment=settings,
                     log=folder / "server.log",
                     stop=not keep,
-                    on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                    on_wait=showing_start(status),
                 )
             )
         yield server

@@ -6,14 +6,17 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
+from rich import box
 from rich.console import Console
+from rich.status import Status
+from rich.table import Table
 
 from ..errors import RoutingError, describe
 from ..policies import Layers
@@ -51,6 +54,24 @@ def say(text: str, *, to: Console = console, style: str | None = None) -> None:
 def rounded(value: float | None) -> str:
     """The cell of a table: a digit after the point, a dash where nothing is known."""
     return "-" if value is None else f"{value:.1f}"
+
+
+def dense_table(title: str, first: str, columns: Iterable[str]) -> Table:
+    """A table for ten columns in 80 characters: names in the first one, then figures.
+
+    Args:
+        columns: titles; a column without one holds text.
+    """
+    table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
+
+
+def showing_start(status: Status) -> Callable[[str], None]:
+    """What shows the last line of a starting server's log."""
+    return lambda line: status.update(f"starting the server: {line[:80]}")
 
 
 def fail(message: str) -> NoReturn:

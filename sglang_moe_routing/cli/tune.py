@@ -112,7 +112,7 @@ def tune(
                 flags=context.args,
                 cpu=cpu,
                 log=work / "server.log",
-                on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                status=status,
             )
         )
         confirm = Evaluation(search.decoder, second, prefix_len, seed)
