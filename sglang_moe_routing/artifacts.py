@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def save_artifact(artifact: SimilarityArtifact, path: str | Path) -> None:
         "details": json.dumps(artifact.details, sort_keys=True),
     }
     if artifact.fingerprint is not None:
-        metadata["fingerprint"] = json.dumps(artifact.fingerprint.as_json(), sort_keys=True)
+        metadata["fingerprint"] = json.dumps(asdict(artifact.fingerprint), sort_keys=True)
     stored = {PREFIX: artifact.matrices, COEFFICIENT_PREFIX: artifact.coefficients}
     tensors = {
         f"{prefix}{layer}": matrix.clone().contiguous()

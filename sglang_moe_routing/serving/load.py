@@ -15,6 +15,8 @@ from ..config import DEFAULT_HEADER
 from ..errors import EngineError, RoutingRequestError
 
 TIMEOUT_S = 600.0
+COUNTS = ("calls", "rows", "active_experts", "active_experts_base")
+"""What a server counts of every MoE layer."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,7 @@ async def read_counts(http: httpx.AsyncClient) -> Mapping[str, int] | None:
     layers = [layer for worker in workers for layer in worker]
     if not layers:
         return None
-    names = ("calls", "rows", "active_experts", "active_experts_base")
-    sums = {name: sum(layer[name] for layer in layers) for name in names}
+    sums = {name: sum(layer[name] for layer in layers) for name in COUNTS}
     return sums | {"layers": max(map(len, workers))}
 
 
