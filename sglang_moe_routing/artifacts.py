@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +39,18 @@ class Metric:
     """What a similarity metric says of v as a stand-in for u, and what values it can take."""
 
     meaning: str
-    symmetric: bool
-    lowest: float
+    symmetric: bool = True
+    lowest: float = 0.0
     highest: float = 1.0
     has_coefficients: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
-    "frobenius": Metric(
-        "1 - distance of their outputs / the layer's largest", symmetric=True, lowest=0.0
-    ),
-    "cosine": Metric("(cosine of their outputs + 1) / 2", symmetric=True, lowest=0.0),
-    "cka": Metric("centred kernel alignment of their outputs", symmetric=True, lowest=0.0),
-    "weights": Metric("(cosine on white noise + 1) / 2", symmetric=True, lowest=0.0),
-    "router": Metric("(cosine of their router rows + 1) / 2", symmetric=True, lowest=0.0),
+    "frobenius": Metric("1 - distance of their outputs / the layer's largest"),
+    "cosine": Metric("(cosine of their outputs + 1) / 2"),
+    "cka": Metric("centred kernel alignment of their outputs"),
+    "weights": Metric("(cosine on white noise + 1) / 2"),
+    "router": Metric("(cosine of their router rows + 1) / 2"),
     "routed": Metric(
         "1 - relative error of v for u; 0: as bad as dropping u",
         symmetric=False,
@@ -67,7 +65,6 @@ METRICS: Mapping[str, Metric] = {
     "least_squares": Metric(
         "share of u's output that the best multiple of v explains",
         symmetric=False,
-        lowest=0.0,
         has_coefficients=True,
     ),
 }
@@ -121,7 +118,7 @@ def save_artifact(artifact: SimilarityArtifact, path: str | Path) -> None:
         "details": json.dumps(artifact.details, sort_keys=True),
     }
     if artifact.fingerprint is not None:
-        metadata["fingerprint"] = json.dumps(artifact.fingerprint.as_json(), sort_keys=True)
+        metadata["fingerprint"] = json.dumps(asdict(artifact.fingerprint), sort_keys=True)
     stored = {PREFIX: artifact.matrices, COEFFICIENT_PREFIX: artifact.coefficients}
     tensors = {
         f"{prefix}{layer}": matrix.clone().contiguous()

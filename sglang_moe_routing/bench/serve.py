@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -105,9 +106,7 @@ class Run:
 
 def order(policies: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
     """Rounds, from 1, and policies in the order of their runs: a, b, c, a, b, c, ..."""
-    for number in range(1, rounds + 1):
-        for policy in policies:
-            yield number, policy
+    return itertools.product(range(1, rounds + 1), policies)
 
 
 async def measure(

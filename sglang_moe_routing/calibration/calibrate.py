@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -194,7 +194,7 @@ class Calibration:
         """What must be equal for two runs to be parts of one."""
         return {
             "metric": self.metric,
-            "model": self._fingerprint.as_json(),
+            "model": asdict(self._fingerprint),
             "text": None if self.text is None else self.text.sha256,
             "batch_size": self.batch_size,
             "compute_dtype": str(self.model.dtype),

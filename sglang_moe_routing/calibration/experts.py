@@ -14,8 +14,8 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -110,11 +110,8 @@ class FusedExperts(Experts):
             hidden, ids, weights = signature.bind(*args, **kwargs).args[:NUM_ARGUMENTS]
             seen.append(Routing(hidden, ids.long(), weights, output))
 
-        handle = self.module.register_forward_hook(record, with_kwargs=True)
-        try:
+        with self.module.register_forward_hook(record, with_kwargs=True):
             yield seen
-        finally:
-            handle.remove()
 
 
 class ExpertList(Experts):
@@ -152,25 +149,18 @@ class ExpertList(Experts):
             combined = _first(output).flatten(0, -2) - rest
             seen.append(Routing(hidden.flatten(0, -2), topk_ids, topk_weights, combined))
 
-        handle = self.block.register_forward_hook(record, with_kwargs=True)
-        try:
+        with self.block.register_forward_hook(record, with_kwargs=True):
             yield seen
-        finally:
-            handle.remove()
 
     @contextmanager
     def _answering(self, answer: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
         def replace(expert: int) -> Callable[..., Tensor]:
             return lambda module, args, output: answer(expert, output)
 
-        handles = [
-            e.register_forward_hook(replace(i)) for i, e in enumerate(self.module.children())
-        ]
-        try:
+        with ExitStack() as hooks:
+            for i, expert in enumerate(self.module.children()):
+                hooks.enter_context(expert.register_forward_hook(replace(i)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _unit_vector(expert: int, output: Tensor) -> Tensor:
@@ -185,12 +175,6 @@ def _first(output: Any) -> Tensor:
     return first
 
 
-@dataclass
-class _Search:
-    found: list[tuple[str, Experts]] = field(default_factory=list)
-    rejected: list[str] = field(default_factory=list)
-
-
 def find_moe_layers(model: nn.Module) -> tuple[str, dict[int, Experts]]:
     """Where the decoder layers are, and the MoE layers among them by layer id.
 
@@ -201,21 +185,21 @@ def find_moe_layers(model: nn.Module) -> tuple[str, dict[int, Experts]]:
     Raises:
         CalibrationError: there are no experts, or they are of a structure that is not known.
     """
-    search = _search(model)
+    found, rejected = _search(model)
     kind = type(model).__name__
-    if not search.found:
-        what = "; ".join(search.rejected) or "no module with several experts: a dense model"
+    if not found:
+        what = "; ".join(rejected) or "no module with several experts: a dense model"
         raise CalibrationError(f"{kind}: no MoE layer whose experts can be run one by one: {what}")
-    if search.rejected:
+    if rejected:
         raise CalibrationError(
-            f"{kind}: some experts are of an unknown structure: {'; '.join(search.rejected)}; "
-            f"beside {len(search.found)} known ones such as {search.found[0][0]}"
+            f"{kind}: some experts are of an unknown structure: {'; '.join(rejected)}; "
+            f"beside {len(found)} known ones such as {next(iter(found))}"
         )
-    stacks = {name: _stack_of(model, name) for name, _ in search.found}
+    stacks = {name: _stack_of(model, name) for name in found}
     if len({stack for stack, _ in stacks.values()}) != 1 or "" in dict(stacks.values()):
         raise CalibrationError(f"{kind}: experts lie outside one stack of layers: {list(stacks)}")
     layers: dict[int, Experts] = {}
-    for name, experts in search.found:
+    for name, experts in found.items():
         _, layer = stacks[name]
         if layer in layers:
             raise CalibrationError(
@@ -228,21 +212,23 @@ def find_moe_layers(model: nn.Module) -> tuple[str, dict[int, Experts]]:
     return next(iter(stacks.values()))[0], dict(sorted(layers.items()))
 
 
-def _search(model: nn.Module) -> _Search:
-    search = _Search()
+def _search(model: nn.Module) -> tuple[dict[str, Experts], list[str]]:
+    """Experts by the name of their module, and what else looks like experts, described."""
+    found: dict[str, Experts] = {}
+    rejected: list[str] = []
     modules = dict(model.named_modules())
     for name, module in modules.items():
         block = modules[name.rpartition(".")[0]]
         if name.rpartition(".")[2] != "experts":
             if _num_stacked(module) > 1:
-                search.rejected.append(f"{name}: {_describe(module)}, not named 'experts'")
+                rejected.append(f"{name}: {_describe(module)}, not named 'experts'")
         elif isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1:
-            search.found.append((name, ExpertList(name, module, block, len(module))))
+            found[name] = ExpertList(name, module, block, len(module))
         elif _num_stacked(module) > 1 and _takes_routing(module):
-            search.found.append((name, FusedExperts(name, module, block, _num_stacked(module))))
+            found[name] = FusedExperts(name, module, block, _num_stacked(module))
         else:
-            search.rejected.append(f"{name}: {_describe(module)}")
-    return search
+            rejected.append(f"{name}: {_describe(module)}")
+    return found, rejected
 
 
 def _num_stacked(module: nn.Module) -> int:

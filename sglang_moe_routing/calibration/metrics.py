@@ -38,6 +38,7 @@ class Metric(ABC):
         self.num_experts = experts.num_experts
         self.hidden_size = hidden_size
         self.num_tokens = num_tokens
+        self._gram = self._zeros()
 
     @abstractmethod
     def update(self, routing: Routing) -> None:
@@ -55,6 +56,9 @@ class Metric(ABC):
     def notes(self) -> Mapping[str, object]:
         """What an operator should know of this layer's matrix; JSON values."""
         return {}
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
 
     def _blocks(self, routing: Routing) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Outputs float32 ``[N, block, hidden]``, ids and weights ``[block, top_k]``."""
@@ -80,10 +84,6 @@ class Frobenius(Metric):
     is lost to cancellation where experts are alike.
     """
 
-    def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
-        super().__init__(experts, hidden_size, num_tokens)
-        self._gram = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
-
     def update(self, routing: Routing) -> None:
         for outputs, _, _ in self._blocks(routing):
             outputs -= outputs.mean(dim=0)
@@ -100,16 +100,12 @@ class Cosine(Metric):
     A zero output has cosine 0 with every other.
     """
 
-    def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
-        super().__init__(experts, hidden_size, num_tokens)
-        self._sum = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
-
     def update(self, routing: Routing) -> None:
         for outputs, _, _ in self._blocks(routing):
-            self._sum += _gram(torch.nn.functional.normalize(outputs, dim=2, eps=1e-30))
+            self._gram += _gram(torch.nn.functional.normalize(outputs, dim=2, eps=1e-30))
 
     def matrix(self) -> Tensor:
-        return _finished((self._sum / self.num_tokens + 1) / 2)
+        return _finished((self._gram / self.num_tokens + 1) / 2)
 
 
 class CKA(Metric):
@@ -142,11 +138,10 @@ class CKA(Metric):
             outputs = self.experts.run(expert, sample).float()
             outputs = outputs - outputs.mean(dim=0)
             kernels[expert] = outputs @ outputs.T
-        gram = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
+        gram = self._zeros()
         for rows in kernels.split(64, dim=1):
             gram += _gram(rows)
-        norms = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        return _finished(gram / norms / norms[:, None])
+        return _finished(_cosines(gram))
 
     def notes(self) -> Mapping[str, object]:
         return {"cka_tokens": sum(map(len, self._sample))}
@@ -194,8 +189,6 @@ class RoutedTokens(Metric):
 
     def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
         super().__init__(experts, hidden_size, num_tokens)
-        self._size = (self.num_experts, self.num_experts)
-        self._gram = torch.zeros(self._size, dtype=torch.float64)
         self._load = torch.zeros(self.num_experts, dtype=torch.int64)
 
     def _count(self, ids: Tensor) -> None:
@@ -215,7 +208,7 @@ class Routed(RoutedTokens):
 
     def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
         super().__init__(experts, hidden_size, num_tokens)
-        self._error = torch.zeros(self._size, dtype=torch.float64)
+        self._error = self._zeros()
         self._scale = torch.zeros(self.num_experts, dtype=torch.float64)
         self._energy = torch.zeros(self.num_experts, dtype=torch.float64)
 
@@ -295,8 +288,8 @@ class LeastSquares(RoutedTokens):
 
     def __init__(self, experts: Experts, hidden_size: int, num_tokens: int):
         super().__init__(experts, hidden_size, num_tokens)
-        self._product = torch.zeros(self._size, dtype=torch.float64)
-        self._norm = torch.zeros(self._size, dtype=torch.float64)
+        self._product = self._zeros()
+        self._norm = self._zeros()
 
     def update(self, routing: Routing) -> None:
         for stacked, ids, weights in self._blocks(routing):
@@ -326,7 +319,16 @@ class LeastSquares(RoutedTokens):
         return product, torch.where(is_measured, self._norm, self._gram.diagonal())
 
 
-class Weights(Metric):
+class WithoutTokens(Metric):
+    """What the weights alone say."""
+
+    needs_tokens = False
+
+    def update(self, routing: Routing) -> None:
+        raise AssertionError("no tokens are needed")
+
+
+class Weights(WithoutTokens):
     """(c + 1) / 2, c the cosine between u and v as functions of white noise: without any data.
 
     ``c = <E_u, E_v> / (|E_u| |E_v|)`` with inner products over standard normal inputs x, estimated
@@ -334,36 +336,26 @@ class Weights(Metric):
     indifferent to the order of their neurons.
     """
 
-    needs_tokens = False
     NUM_INPUTS = 4096
     SEED = 0
-
-    def update(self, routing: Routing) -> None:
-        raise AssertionError("no tokens are needed")
 
     def matrix(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.SEED)
         noise = torch.randn(self.NUM_INPUTS, self.hidden_size, generator=generator)
         weight = next(self.experts.module.parameters())
         noise = noise.to(weight.device, weight.dtype)
-        gram = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
         size = max(1, BLOCK_BYTES // (self.num_experts * self.hidden_size * 4))
+        gram = self._zeros()
         for block in noise.split(size):
             gram += _gram(run_all(self.experts, block))
-        norms = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-        return _finished((gram / norms / norms[:, None] + 1) / 2)
+        return _finished((_cosines(gram) + 1) / 2)
 
 
-class RouterRows(Metric):
+class RouterRows(WithoutTokens):
     """(c + 1) / 2, c the cosine between the router's rows of u and v: without any data.
 
     A router learns to send alike tokens to alike experts, so it knows who they are.
     """
-
-    needs_tokens = False
-
-    def update(self, routing: Routing) -> None:
-        raise AssertionError("no tokens are needed")
 
     def matrix(self) -> Tensor:
         rows = self.experts.router(self.hidden_size).double().cpu()
@@ -387,6 +379,12 @@ def _gram(outputs: Tensor) -> Tensor:
     """Inner products between experts: float32 ``[N, ...]`` -> float64 ``[N, N]`` on the CPU."""
     flat = outputs.flatten(1)
     return (flat @ flat.T).double().cpu()
+
+
+def _cosines(gram: Tensor) -> Tensor:
+    """Cosines from inner products; 0 with what is zero."""
+    norms = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    return gram / norms / norms[:, None]
 
 
 def _norms(outputs: Tensor, dim: tuple[int, ...]) -> Tensor:

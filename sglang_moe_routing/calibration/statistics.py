@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -34,13 +34,13 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class CoefficientStatistics:
-    """The coefficients of one layer. The diagonal counts nowhere.
+class ValueStatistics:
+    """The values of one matrix. The diagonal counts nowhere.
 
     Attributes:
-        mean: mean coefficient.
-        quantiles: name of `QUANTILES` -> coefficient.
-        nearest_mean: mean over experts of the coefficient of their nearest expert.
+        mean: mean value.
+        quantiles: name of `QUANTILES` -> value.
+        nearest_mean: mean over experts of the value of their nearest expert.
     """
 
     mean: float
@@ -74,7 +74,7 @@ class LayerStatistics:
     most_isolated: Sequence[Isolated]
     distinct_neighbours: int
     largest_hub: Hub
-    coefficients: CoefficientStatistics | None = None
+    coefficients: ValueStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,17 @@ def layer_statistics(
     Raises:
         ArtifactError: there is a single expert.
     """
-    values = off_diagonal(matrix).double()
     best, nearest = nearest_experts(matrix)
     counts = nearest.bincount(minlength=matrix.shape[0])
     hub = int(counts.argmax())
     return LayerStatistics(
         layer=layer,
-        mean=float(values.mean()),
-        quantiles=_quantiles(values),
-        nearest_mean=float(best.double().mean()),
+        **asdict(_values(matrix, nearest)),
         share_without_neighbour={rho: _share_below(best, rho) for rho in rhos},
         most_isolated=_most_isolated(best, nearest),
         distinct_neighbours=int((counts > 0).sum()),
         largest_hub=Hub(hub, int(counts[hub])),
-        coefficients=None if coefficients is None else _coefficients(coefficients, nearest),
+        coefficients=None if coefficients is None else _values(coefficients, nearest),
     )
 
 
@@ -223,9 +220,7 @@ def rank_correlation(here: Tensor, there: Tensor) -> Tensor:
         float64 ``[R]`` in [-1, 1]; 0 where a row is constant, for it orders nothing.
     """
     first, second = _centred_ranks(here), _centred_ranks(there)
-    size = (first.square().sum(dim=1) * second.square().sum(dim=1)).sqrt()
-    correlation = (first * second).sum(dim=1) / size.where(size > 0, 1)
-    return correlation.clamp(-1, 1)
+    return torch.nn.functional.cosine_similarity(first, second, dim=1).clamp(-1, 1)
 
 
 def spans(ids: Sequence[int]) -> str:
@@ -236,17 +231,14 @@ def spans(ids: Sequence[int]) -> str:
     return ",".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
 
 
-def _quantiles(values: Tensor) -> dict[str, float]:
+def _values(matrix: Tensor, nearest: Tensor) -> ValueStatistics:
+    values = off_diagonal(matrix).double()
     points = torch.tensor(list(QUANTILES.values()), dtype=values.dtype)
-    return dict(zip(QUANTILES, values.flatten().quantile(points).tolist(), strict=True))
-
-
-def _coefficients(coefficients: Tensor, nearest: Tensor) -> CoefficientStatistics:
-    values = off_diagonal(coefficients).double()
-    return CoefficientStatistics(
+    quantiles = values.flatten().quantile(points).tolist()
+    return ValueStatistics(
         mean=float(values.mean()),
-        quantiles=_quantiles(values),
-        nearest_mean=float(coefficients.double().gather(1, nearest[:, None]).mean()),
+        quantiles=dict(zip(QUANTILES, quantiles, strict=True)),
+        nearest_mean=float(matrix.double().gather(1, nearest[:, None]).mean()),
     )
 
 

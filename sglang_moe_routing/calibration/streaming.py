@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,15 +124,11 @@ class StreamedModel:
             outputs.append(output)
             raise _LayerReached
 
-        handles = [
+        with (
             self._layers[layer].register_forward_pre_hook(substitute, with_kwargs=True),
             self._layers[layer].register_forward_hook(stop),
-        ]
-        try:
+        ):
             self._forward(layer, inputs_embeds=hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._returns_tuple = isinstance(outputs[0], tuple)
         result: Tensor = outputs[0][0] if self._returns_tuple else outputs[0]
         return result.cpu()
@@ -155,11 +151,8 @@ class StreamedModel:
             captured.append(args[0] if args else kwargs["hidden_states"])
             raise _LayerReached
 
-        handle = self._layers[0].register_forward_pre_hook(record, with_kwargs=True)
-        try:
+        with self._layers[0].register_forward_pre_hook(record, with_kwargs=True):
             yield captured
-        finally:
-            handle.remove()
 
     @contextmanager
     def _skipping(self, layers: Sequence[nn.Module]) -> Iterator[None]:
@@ -267,18 +260,15 @@ def _open_slices(
     """Tensors of the checkpoint by name, read when they are indexed. By pread: the pages of a
     mapped file would count as this process's memory."""
     files: dict[Path, Any] = {}
-    try:
-        slices = {}
+    slices = {}
+    with ExitStack() as stack:
         for key in keys:
             file = stored[key].file
             if file not in files:
-                opened: Any = safe_open(str(file), framework="pt", backend="pread")
-                files[file] = opened.__enter__()
+                opened = safe_open(str(file), framework="pt", backend="pread")
+                files[file] = stack.enter_context(opened)
             slices[key] = files[file].get_slice(key)
         yield slices
-    finally:
-        for opened in files.values():
-            opened.__exit__(None, None, None)
 
 
 @contextmanager

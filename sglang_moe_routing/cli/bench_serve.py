@@ -13,18 +13,27 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from rich import box
-from rich.table import Table
 
 from .. import demo as assets
 from ..bench.serve import Run, Settings, Target, measure, summary
 from ..config import bundled_config, load_config
 from ..errors import EngineError
-from ..serving.load import served_policies
+from ..serving.load import served_policies, wanted_policies
 from ..serving.machine import describe_machine
 from ..serving.server import running_server
 from .options import ApiKey, Cpu, Policies, Temperature
-from .output import Json, clear_errors, command_line, console, errors, print_json, wanted_policies
+from .output import (
+    Json,
+    clear_errors,
+    command_line,
+    console,
+    dense_table,
+    errors,
+    print_json,
+    rounded,
+    say,
+    showing_start,
+)
 
 
 def serve(
@@ -89,7 +98,7 @@ def serve(
                     flags=["--random-seed", "0", *context.args],
                     log=folder / "server.log",
                     cpu=cpu,
-                    on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                    on_wait=showing_start(status),
                 )
             )
             target, names = _running(server.url, model, policies, api_key)
@@ -102,7 +111,7 @@ def serve(
         print_json(result)
     else:
         _print(result["policies"], settings)
-    errors.print(f"raw results and logs: {folder}", highlight=False, soft_wrap=True)
+    say(f"raw results and logs: {folder}", to=errors)
 
 
 def _refuse_what_only_a_server_needs(
@@ -140,11 +149,9 @@ def _as_json(runs: Sequence[Run], target: Target, settings: Settings) -> dict[st
 
 
 def _print(policies: Mapping[str, Mapping[str, Any]], settings: Settings) -> None:
-    table = Table(
-        title=f"{settings.concurrency} requests at a time, {settings.rounds} rounds of "
-        f"{settings.num_prompts} requests, {settings.input_len} + {settings.output_len} tokens",
-        box=box.SIMPLE,  # ten columns in 80 characters
-        collapse_padding=True,
+    title = (
+        f"{settings.concurrency} requests at a time, {settings.rounds} rounds of "
+        f"{settings.num_prompts} requests, {settings.input_len} + {settings.output_len} tokens"
     )
     columns = {
         "T": "active_experts",
@@ -157,10 +164,8 @@ def _print(policies: Mapping[str, Mapping[str, Any]], settings: Settings) -> Non
         "TTFT\nms": "ttft_ms",
         "tok/s": "output_tokens_per_s",
     }
-    table.add_column("policy", overflow="fold")
-    for title in columns:
-        table.add_column(title, no_wrap=True, justify="right")
+    table = dense_table(title, "policy", columns)
     for name, figures in policies.items():
         values = [figures[key] for key in columns.values()]
-        table.add_row(name, *("-" if value is None else f"{value:.1f}" for value in values))
+        table.add_row(name, *map(rounded, values))
     console.print(table)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..kernels import TARGET_ARCHITECTURES, build_cpu, build_cuda
-from .output import Json, clear_errors, console, print_json
+from .output import Json, clear_errors, print_json, say
 
 
 def build(
@@ -34,4 +34,4 @@ def build(
         print_json({backend: str(folder) for backend, folder in folders.items()})
         return
     for backend, folder in folders.items():
-        console.print(f"{backend}: {folder}", highlight=False, soft_wrap=True)
+        say(f"{backend}: {folder}")

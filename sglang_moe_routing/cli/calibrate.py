@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from ..artifacts import load_artifact
 from ..errors import CalibrationError
-from .output import Json, clear_errors, console, errors, layer_ids, print_json
+from .output import Json, clear_errors, console, errors, layer_ids, print_json, say
 
 if TYPE_CHECKING:
     from ..calibration.calibrate import Calibration
@@ -178,11 +179,7 @@ def _summary(run: Calibration, out: Path) -> dict[str, Any]:
         "resumed_layers": run.resumed,
         "details": dict(artifact.details),
         "seconds": {
-            str(layer): {
-                "load": round(timings.load, 3),
-                "forward": round(timings.forward, 3),
-                "similarity": round(timings.similarity, 3),
-            }
+            str(layer): {part: round(seconds, 3) for part, seconds in asdict(timings).items()}
             for layer, timings in run.timings.items()
         },
     }
@@ -191,9 +188,7 @@ def _summary(run: Calibration, out: Path) -> dict[str, Any]:
 def _print(summary: dict[str, Any]) -> None:
     table = Table("layer", "read weights", "run layer", "experts and sums", title="seconds")
     for layer, seconds in summary["seconds"].items():
-        table.add_row(
-            layer, *(f"{seconds[part]:.1f}" for part in ("load", "forward", "similarity"))
-        )
+        table.add_row(layer, *(f"{number:.1f}" for number in seconds.values()))
     console.print(table)
     resumed = summary["resumed_layers"]
     if resumed:
@@ -201,9 +196,7 @@ def _print(summary: dict[str, Any]) -> None:
     for layer, notes in summary["details"].get("layers", {}).items():
         if unused := notes.get("experts_without_tokens"):
             console.print(f"layer {layer}: no token came to experts {unused}", style="yellow")
-    console.print(
+    say(
         f"{summary['file']}: {summary['metric']}, {len(summary['layers'])} layers of "
-        f"{summary['num_experts']} experts",
-        highlight=False,
-        soft_wrap=True,
+        f"{summary['num_experts']} experts"
     )

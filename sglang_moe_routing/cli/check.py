@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -19,9 +19,8 @@ from ..policies import Sizes
 from ..serving.server import server_environment
 from .evaluate import model_sizes
 from .options import ServedConfig
-from .output import Json, console, print_json
+from .output import Json, console, print_json, say
 
-_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False}
 _COLOURS = {"+": "green", "-": "red"}
 
 
@@ -81,11 +80,11 @@ def check(
         table.add_row("config", f"{result.config}: {', '.join(result.policies) or 'not usable'}")
         console.print(table)
         for line in (line for finding in result.findings for line in finding.lines()):
-            console.print(line, style=_COLOURS.get(line.strip()[:1]), **_PLAIN)
+            say(line, style=_COLOURS.get(line.strip()[:1]))
         for warning in result.warnings:
-            console.print(f"warning: {warning}", style="yellow", **_PLAIN)
+            say(f"warning: {warning}", style="yellow")
         for problem in problems:
-            console.print(f"problem: {problem}", style="red", **_PLAIN)
+            say(f"problem: {problem}", style="red")
         if not problems:
             console.print("all good", style="green")
     raise typer.Exit(1 if problems else 0)

@@ -14,7 +14,7 @@ from rich.table import Table
 from .. import demo as assets
 from ..serving.load import Job, Load, LoadClient, served_policies
 from .options import ApiKey, Policies, Temperature
-from .output import Json, clear_errors, console, errors, fail, print_json
+from .output import Json, clear_errors, console, errors, fail, print_json, rounded
 
 
 def client(
@@ -42,9 +42,9 @@ def client(
     try:
         with clear_errors():
             header, names = served_policies(url, wanted=policies, api_key=api_key)
-        loads = asyncio.run(
-            _compare(url, api_key, header, names, texts, concurrency, max_tokens, temperature)
-        )
+        sender = LoadClient(url, header=header, api_key=api_key)
+        work = _compare(sender, names, texts, concurrency, max_tokens, temperature)
+        loads = asyncio.run(work)
     except openai.APIStatusError as error:
         fail(f"the server refused: {error.message}")
     except (httpx.HTTPError, openai.APIError) as error:
@@ -69,16 +69,13 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
 
 async def _compare(
-    url: str,
-    api_key: str,
-    header: str,
+    sender: LoadClient,
     names: list[str],
     texts: list[str],
     concurrency: int,
     max_tokens: int,
     temperature: float,
 ) -> dict[str, Load]:
-    sender = LoadClient(url, header=header, api_key=api_key)
     loads = {}
     with errors.status("sending requests") as status:
         for name in names:
@@ -89,14 +86,9 @@ async def _compare(
 
 
 def _as_json(load: Load) -> dict[str, Any]:
-    active = load.active_experts
     return {
-        "requests": len(load.answers),
-        "tokens": load.num_tokens,
+        **load.figures(),
         "tokens_per_s": round(load.tokens_per_s, 3),
-        "tpot_ms": round(load.tpot_ms, 3),
-        "active_experts": active and round(active.final, 3),
-        "active_experts_base": active and round(active.base, 3),
         "texts": [answer.text for answer in load.answers],
     }
 
@@ -104,15 +96,9 @@ def _as_json(load: Load) -> dict[str, Any]:
 def _print(loads: dict[str, Load], show_text: bool) -> None:
     table = Table("policy", "requests", "tokens/s", "TPOT ms", "active experts", "without policy")
     for name, load in loads.items():
-        active = load.active_experts
-        table.add_row(
-            name,
-            str(len(load.answers)),
-            f"{load.tokens_per_s:.1f}",
-            f"{load.tpot_ms:.1f}",
-            f"{active.final:.1f}" if active else "-",
-            f"{active.base:.1f}" if active else "-",
-        )
+        found = _as_json(load)
+        keys = ("tokens_per_s", "tpot_ms", "active_experts", "active_experts_base")
+        table.add_row(name, str(found["requests"]), *(rounded(found[key]) for key in keys))
     console.print(table)
     if show_text:
         for name, load in loads.items():

@@ -12,7 +12,7 @@ from ..config import LoadedConfig, bundled_config, load_config
 from ..errors import RoutingError
 from ..policies import installed_registry
 from ..runtime.similarity import load_similarities
-from .output import Json, clear_errors, console, print_json
+from .output import Json, clear_errors, console, print_json, say
 
 ConfigFile = Annotated[Path, typer.Argument(help="Routing config (YAML).")]
 
@@ -38,8 +38,7 @@ def validate(
     if json:
         print_json({"ok": True, "file": str(file), "policies": list(loaded.config.names)})
     else:
-        names = ", ".join(loaded.config.names)
-        console.print(f"{file}: ok; policies: {names}", highlight=False, soft_wrap=True)
+        say(f"{file}: ok; policies: {', '.join(loaded.config.names)}")
 
 
 def policies(

@@ -22,7 +22,7 @@ from ..errors import CheckError
 from ..serving.load import Answer, Job, Load, LoadClient
 from ..serving.server import Server, has_accelerator, running_server
 from ..testing import Checked, check_calls, read_records
-from .output import Json, clear_errors, console, errors, print_json
+from .output import Json, clear_errors, console, errors, print_json, rounded, say, showing_start
 
 NUM_REQUESTS = 16
 MAX_TOKENS = 32
@@ -70,11 +70,10 @@ def demo(
             else:
                 _print(outcome)
             if keep:
-                errors.print(
+                say(
                     f"the server stays at {server.url} (process {server.process.pid}); try:\n"
                     f"  sglang-moe-routing client --url {server.url} --policies vanilla,oea-k3",
-                    highlight=False,
-                    soft_wrap=True,
+                    to=errors,
                 )
     raise typer.Exit(0 if outcome.checked else 1)
 
@@ -98,7 +97,7 @@ def _served(folder: Path, keep: bool) -> Iterator[Server]:
                     environment=settings,
                     log=folder / "server.log",
                     stop=not keep,
-                    on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                    on_wait=showing_start(status),
                 )
             )
         yield server
@@ -158,29 +157,18 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "sglang": version("sglang"),
         "device": _device(),
         "model": "demo",
-        "policies": {name: _load_as_json(load) for name, load in outcome.loads.items()},
+        "policies": {name: load.figures() for name, load in outcome.loads.items()},
         "mixed": {
             "policies": {
                 name: {"requests": len(answers), "tokens": sum(a.num_tokens for a in answers)}
                 for name, answers in by_policy.items()
             },
-            **_load_as_json(mixed),
+            **mixed.figures(),
             "calls_checked": checked.num_calls if checked else 0,
             "rows_checked": dict(checked.rows) if checked else {},
             "problem": outcome.problem,
             "vanilla_text_same_alone": outcome.same_text_alone,
         },
-    }
-
-
-def _load_as_json(load: Load) -> dict[str, Any]:
-    active = load.active_experts
-    return {
-        "requests": len(load.answers),
-        "tokens": load.num_tokens,
-        "active_experts": active and round(active.final, 3),
-        "active_experts_base": active and round(active.base, 3),
-        "tpot_ms": round(load.tpot_ms, 3),
     }
 
 
@@ -195,13 +183,13 @@ def _print(outcome: Outcome) -> None:
     num_rows, num_vanilla = counts.total(), counts[VANILLA]
     counts["all mixed"] = num_rows
     for name, load in rows:
-        active = load.active_experts
+        figures = load.figures()
         table.add_row(
             name,
             str(load.num_tokens),
-            f"{active.final:.1f}" if active else "-",
-            f"{active.base:.1f}" if active else "-",
-            f"{load.tpot_ms:.1f}",
+            rounded(figures["active_experts"]),
+            rounded(figures["active_experts_base"]),
+            rounded(figures["tpot_ms"]),
             str(counts[name]),
             " ".join(load.answers[0].text.split()),
         )

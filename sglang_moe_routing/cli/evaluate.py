@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
+from rich.status import Status
 
 from .. import environment
 from ..config import VANILLA, LoadedConfig, load_config
@@ -22,6 +21,7 @@ from ..evaluation.pairs import parse_pairs
 from ..evaluation.report import Row, rows_of, write_report
 from ..evaluation.run import Result, cases, check_cases, run
 from ..policies import Policy
+from ..serving.load import wanted_policies
 from ..serving.machine import describe_machine
 from ..serving.server import running_server
 from ..text import TokenizedText, load_tokenizer, read_text
@@ -32,10 +32,12 @@ from .output import (
     clear_errors,
     command_line,
     console,
+    dense_table,
     errors,
     numbers,
     print_json,
-    wanted_policies,
+    say,
+    showing_start,
 )
 
 Model = Annotated[str, typer.Argument(help="Model folder or name.")]
@@ -130,7 +132,7 @@ def evaluate(
                 flags=context.args,
                 cpu=cpu,
                 log=out / "server.log",
-                on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                status=status,
             )
         )
         with keeping_partial(result):
@@ -142,7 +144,7 @@ def evaluate(
     else:
         print_rows(rows_of(result.as_json(), families, times))
         print_pairs(result.compared)
-    errors.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    say(f"report: {out / 'report.html'}", to=errors)
 
 
 def read_bench(file: Path | None) -> Mapping[str, Any] | None:
@@ -243,22 +245,21 @@ def measuring(
     flags: Sequence[str],
     cpu: bool | None,
     log: Path,
-    on_wait: Callable[[str], None],
+    status: Status,
 ) -> Iterator[Evaluation]:
     """A server that forces tokens, and everything to measure policies on it."""
-    with ExitStack() as stack:
-        server = stack.enter_context(
-            running_server(
-                model,
-                config=routing_config,
-                flags=[*server_flags(batch_size, sampling.prefix_len), *flags],
-                environment={environment.FORCE: "1"},
-                log=log,
-                cpu=cpu,
-                on_wait=on_wait,
-            )
-        )
-        decoder = stack.enter_context(ForcedDecoder(server.url, server.check))
+    with (
+        running_server(
+            model,
+            config=routing_config,
+            flags=[*server_flags(batch_size, sampling.prefix_len), *flags],
+            environment={environment.FORCE: "1"},
+            log=log,
+            cpu=cpu,
+            on_wait=showing_start(status),
+        ) as server,
+        ForcedDecoder(server.url, server.check) as decoder,
+    ):
         yield Evaluation(decoder, text, sampling.prefix_len, sampling.seed)
 
 
@@ -293,7 +294,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     """One table of policies for each section."""
     columns = ("batch", "CE", "delta", "95 % interval", "agree %", "T", "T\nbase")
     for section, mine in _by_section(rows):
-        table = _table(section, "policy", columns)
+        table = dense_table(section, "policy", columns)
         for row in mine:
             table.add_row(row["policy"], *_cells(row))
         console.print(table)
@@ -303,7 +304,7 @@ def print_pairs(compared: Sequence[Mapping[str, Any]]) -> None:
     """One table of paired differences for each section."""
     columns = ("batch", "CE", "95 % interval", "T", "T\nsecond", "")
     for section, mine in _by_section(compared):
-        table = _table(f"pairs of {section}", "first\n- second", columns)
+        table = dense_table(f"pairs of {section}", "first\n- second", columns)
         for row in mine:
             table.add_row(f"{row['first']}\n- {row['second']}", *_pair_cells(row))
         console.print(table)
@@ -312,14 +313,6 @@ def print_pairs(compared: Sequence[Mapping[str, Any]]) -> None:
 def _by_section(rows: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
     for section in dict.fromkeys(row["section"] for row in rows):
         yield section.replace("_", " "), [row for row in rows if row["section"] == section]
-
-
-def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    return table
 
 
 def _cells(row: Row) -> Iterator[str]:

@@ -27,6 +27,7 @@ from .output import (
     fail,
     layer_ids,
     print_json,
+    say,
 )
 
 FEW = 0.25
@@ -146,8 +147,7 @@ def _draw(artifact: SimilarityArtifact, folder: Path) -> None:
     with errors.status("drawing") as status:
         for file in heatmap.draw_all(artifact, folder):
             status.update(f"drawn: {file.name}")
-    note = f"heat maps (layers {spans(artifact.layers)}): {folder}"
-    errors.print(note, markup=False, highlight=False, soft_wrap=True)
+    say(f"heat maps (layers {spans(artifact.layers)}): {folder}", to=errors)
 
 
 def _print(found: Mapping[str, Any]) -> None:
@@ -163,7 +163,7 @@ def _print(found: Mapping[str, Any]) -> None:
     if found["comparison"] is not None:
         console.print(_agreement(found["comparison"], found["num_experts"]))
         for note in _notes(found, found["comparison"]):
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+            say(note)
 
 
 def _header(found: Mapping[str, Any]) -> Table:
@@ -225,13 +225,11 @@ def _has_hubs(layer: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 def _warn_of_hubs(found: Mapping[str, Any]) -> None:
     layers = [layer["layer"] for layer in found["layers"] if _has_hubs(layer, found)]
     if layers:
-        console.print(
+        say(
             f"warning: layers {spans(layers)}: fewer than {FEW:.0%} of the experts are anybody's "
             "nearest. A metric that does not divide by norms mostly finds experts of small norm, "
             "near to all and like none.",
             style="yellow",
-            highlight=False,
-            soft_wrap=True,
         )
 
 

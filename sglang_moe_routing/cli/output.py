@@ -6,16 +6,19 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
+from rich import box
 from rich.console import Console
+from rich.status import Status
+from rich.table import Table
 
-from ..errors import RoutingError, RoutingRequestError, describe
+from ..errors import RoutingError, describe
 from ..policies import Layers
 
 console = Console()
@@ -43,10 +46,38 @@ def _without_folders(argument: str) -> str:
     return Path(argument).name if argument.startswith("/") else argument
 
 
+def say(text: str, *, to: Console = console, style: str | None = None) -> None:
+    """Print `text` as it is: unwrapped, and nothing in it taken for markup."""
+    to.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def rounded(value: float | None) -> str:
+    """The cell of a table: a digit after the point, a dash where nothing is known."""
+    return "-" if value is None else f"{value:.1f}"
+
+
+def dense_table(title: str, first: str, columns: Iterable[str]) -> Table:
+    """A table for ten columns in 80 characters: names in the first one, then figures.
+
+    Args:
+        columns: titles; a column without one holds text.
+    """
+    table = Table(title=title, box=box.SIMPLE, collapse_padding=True)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    return table
+
+
+def showing_start(status: Status) -> Callable[[str], None]:
+    """What shows the last line of a starting server's log."""
+    return lambda line: status.update(f"starting the server: {line[:80]}")
+
+
 def fail(message: str) -> NoReturn:
     """End the command with `message` and status 1."""
     errors.print("[bold red]error:[/]", end=" ")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    say(message, to=errors)
     raise typer.Exit(1)
 
 
@@ -74,22 +105,6 @@ def numbers(text: str, option: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"{option} {text!r}: expected numbers such as 1,16,64")
     return [int(part) for part in parts]
-
-
-def wanted_policies(wanted: str | None, known: Sequence[str]) -> list[str]:
-    """What ``--policies`` names, all if absent. An unknown name should not cost a server's start.
-
-    Raises:
-        RoutingRequestError: a name is not one of those that the config lets clients choose.
-    """
-    names = [name.strip() for name in wanted.split(",")] if wanted else list(known)
-    for name in names:
-        if name not in known:
-            raise RoutingRequestError(
-                f"policy {name!r} is not in the config; choosable: {', '.join(known)}",
-                reason="unknown",
-            )
-    return names
 
 
 def layer_ids(text: str) -> tuple[int, ...]:

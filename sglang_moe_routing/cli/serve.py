@@ -15,7 +15,7 @@ from ..errors import CheckpointError, EngineError
 from ..integration import listening
 from ..serving.server import flag_value, server_command, server_environment
 from .options import Cpu, ServedConfig
-from .output import clear_errors, errors
+from .output import clear_errors, errors, say
 
 DEFAULT_HOST = "127.0.0.1"
 """SGLang's, where no ``--host`` is given."""
@@ -48,11 +48,10 @@ def serve(
         _refuse_what_cannot_start(model, context.args)
     names = ", ".join(loaded.config.names)
     platform = env.get("SGLANG_PLATFORM") or "SGLang's own"
-    errors.print(
+    say(
         f"routing config {loaded.path}; policies: {names}; default: {loaded.config.default}; "
         f"platform: {platform}",
-        highlight=False,
-        soft_wrap=True,
+        to=errors,
     )
     os.execve(command[0], command, env)  # noqa: S606  # becomes the server: signals reach it
 

@@ -45,7 +45,7 @@ from .evaluate import (
     tokenized,
 )
 from .options import Cpu
-from .output import Json, clear_errors, errors, numbers, print_json
+from .output import Json, clear_errors, errors, numbers, print_json, say
 
 ARTIFACT = "calibrated"
 
@@ -112,7 +112,7 @@ def tune(
                 flags=context.args,
                 cpu=cpu,
                 log=work / "server.log",
-                on_wait=lambda line: status.update(f"starting the server: {line[:80]}"),
+                status=status,
             )
         )
         confirm = Evaluation(search.decoder, second, prefix_len, seed)
@@ -132,7 +132,7 @@ def tune(
         }
         about = header(model, settings)
         written = write_config(tuning, about, name, similarity, out)
-    errors.print(f"wrote {out}; serve it with --routing-config {out}", highlight=False)
+    say(f"wrote {out}; serve it with --routing-config {out}", to=errors)
     if json:
         print_json({**about, **written})
     else:

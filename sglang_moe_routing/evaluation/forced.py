@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import environment
 from ..config import BODY_KEY
 from ..errors import BenchError, EngineError
+from ..serving.load import COUNTS
 
 _TIMEOUT_S = 900.0
-_COUNTS = ("calls", "rows", "active_experts", "active_experts_base")
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class ForcedDecoder:
         return found
 
     def _counts(self) -> Tensor:
-        """int64 ``[num_layers, 4]``: `_COUNTS` since the server's start."""
+        """int64 ``[num_layers, 4]``: `COUNTS` since the server's start."""
         workers = self._call("GET", "/v1/moe_routing/statistics").json()["data"]
         if len(workers) != 1:
             raise EngineError(f"{len(workers)} data-parallel workers: only one can be measured")
         (worker,) = workers
         if not worker["layers"]:
             raise EngineError("the server counts nothing: its config says 'statistics: false'")
-        return torch.tensor([[layer[name] for name in _COUNTS] for layer in worker["layers"]])
+        return torch.tensor([[layer[name] for name in COUNTS] for layer in worker["layers"]])
 
     def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:

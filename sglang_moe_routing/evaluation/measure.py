@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -116,7 +117,7 @@ def batches(text: TokenizedText, setting: Setting, seed: int) -> Tensor:
     if setting.grouping == "mixed":
         parts = [torch.randperm(num_sequences, generator=generator)]
     else:
-        parts = list(torch.arange(num_sequences).tensor_split(_ends(num_sequences, num_sources)))
+        parts = list(torch.arange(num_sequences).tensor_split(num_sources))  # as `read_text` does
     for part in parts:
         if len(part) % setting.batch_size or len(part) == 0:
             where = "" if setting.grouping == "mixed" else " of each source"
@@ -125,12 +126,6 @@ def batches(text: TokenizedText, setting: Setting, seed: int) -> Tensor:
                 "--num-sequences so that every batch size divides them"
             )
     return torch.cat([part.view(-1, setting.batch_size) for part in parts])
-
-
-def _ends(num_sequences: int, num_sources: int) -> list[int]:
-    """Where each source but the last ends: `read_text` gives the first ones one more."""
-    share, more = divmod(num_sequences, num_sources)
-    return [share * i + min(i, more) for i in range(1, num_sources)]
 
 
 def _gather(
@@ -200,7 +195,8 @@ def figures(measured: Measured, vanilla: Measured) -> dict[str, object]:
 
 def rounding(runs: Sequence[Measured]) -> dict[str, float] | None:
     """How much vanilla's own losses change with the batch, over pairs of vanilla runs."""
-    changes = [(one.losses - other.losses).mean(dim=1).abs() for one, other in _pairs(runs)]
+    pairs = itertools.combinations(runs, 2)
+    changes = [(one.losses - other.losses).mean(dim=1).abs() for one, other in pairs]
     if not changes:
         return None
     every = torch.stack(changes)
@@ -208,9 +204,3 @@ def rounding(runs: Sequence[Measured]) -> dict[str, float] | None:
         "mean_change_of_a_sequence": float(every.mean()),
         "largest_change_of_a_sequence": float(every.max()),
     }
-
-
-def _pairs(runs: Sequence[Measured]) -> Iterator[tuple[Measured, Measured]]:
-    for i, one in enumerate(runs):
-        for other in runs[i + 1 :]:
-            yield one, other

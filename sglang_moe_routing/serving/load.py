@@ -15,6 +15,8 @@ from ..config import DEFAULT_HEADER
 from ..errors import EngineError, RoutingRequestError
 
 TIMEOUT_S = 600.0
+COUNTS = ("calls", "rows", "active_experts", "active_experts_base")
+"""What a server counts of every MoE layer."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,17 @@ class Load:
         """Median time per output token over requests, in milliseconds."""
         times = [answer.tpot_s for answer in self.answers if answer.tpot_s is not None]
         return 1e3 * statistics.median(times) if times else float("nan")
+
+    def figures(self) -> dict[str, float | None]:
+        """What a command reports of it."""
+        active = self.active_experts
+        return {
+            "requests": len(self.answers),
+            "tokens": self.num_tokens,
+            "active_experts": round(active.final, 3) if active else None,
+            "active_experts_base": round(active.base, 3) if active else None,
+            "tpot_ms": round(self.tpot_ms, 3),
+        }
 
 
 class LoadClient:
@@ -140,6 +153,27 @@ class LoadClient:
         )
 
 
+def wanted_policies(
+    wanted: str | None, known: Sequence[str], unknown: str = "is not in the config; choosable"
+) -> list[str]:
+    """What ``--policies`` names, all if absent. An unknown name should not cost a server's start.
+
+    Args:
+        known: names of the policies that clients may choose.
+        unknown: what to say of a name that is not among them.
+
+    Raises:
+        RoutingRequestError: a name is not known.
+    """
+    names = [name.strip() for name in wanted.split(",")] if wanted else list(known)
+    for name in names:
+        if name not in known:
+            raise RoutingRequestError(
+                f"policy {name!r} {unknown}: {', '.join(known)}", reason="unknown"
+            )
+    return names
+
+
 def served_policies(
     url: str, *, wanted: str | None = None, api_key: str = "none"
 ) -> tuple[str, list[str]]:
@@ -163,13 +197,7 @@ def served_policies(
     response.raise_for_status()
     listing = response.json()
     known = [policy["id"] for policy in listing["data"] if policy["choosable"]]
-    names = [name.strip() for name in wanted.split(",")] if wanted else known
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise RoutingRequestError(
-            f"policy {unknown[0]!r} is not served; available: {', '.join(known)}", reason="unknown"
-        )
-    return listing["header"], names
+    return listing["header"], wanted_policies(wanted, known, "is not served; available")
 
 
 async def read_counts(http: httpx.AsyncClient) -> Mapping[str, int] | None:
@@ -189,8 +217,7 @@ async def read_counts(http: httpx.AsyncClient) -> Mapping[str, int] | None:
     layers = [layer for worker in workers for layer in worker]
     if not layers:
         return None
-    names = ("calls", "rows", "active_experts", "active_experts_base")
-    sums = {name: sum(layer[name] for layer in layers) for name in names}
+    sums = {name: sum(layer[name] for layer in layers) for name in COUNTS}
     return sums | {"layers": max(map(len, workers))}
 
 
