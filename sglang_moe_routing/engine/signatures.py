@@ -96,6 +96,8 @@ def _compare(release: Release, target: str) -> Finding:
         return Finding(target, f"not found in this sglang: {error}", diff=difference(expected, []))
     if found == expected:
         return Finding(target, "")
+    if not expected:
+        return Finding(target, f"is not in {release.name}.json: run scripts/make_signatures.py")
     problem = f"is not what it is in sglang {release.name}"
     return Finding(target, problem, diff=difference(expected, found))
 

@@ -18,6 +18,7 @@ import yaml
 
 from .. import environment
 from ..config import BODY_KEY
+from ..engine import signatures
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ REFUSED_FLAGS: Mapping[str, Refusal] = {
     ),
     "enable_flexkv": Refusal(ON, _FOREIGN_CACHE),
     "radix_cache_backend": Refusal(GIVEN, _FOREIGN_CACHE),
+    "enable_lora": Refusal(
+        Condition(
+            "on, under SGLang 0.5.22",
+            lambda on: bool(on) and signatures.installed() == "0.5.22",
+        ),
+        "what its kernels for adapters do with free slots was not read in that release",
+    ),
     "preferred_sampling_params": Refusal(
         Condition("they name a `moe_routing_policy`", _name_a_policy),
         "policies are not taken from there; set `default:` in the routing config",

@@ -10,6 +10,7 @@ pytest.importorskip("sglang")
 from sglang.srt.server_args import ServerArgs
 
 from sglang_moe_routing import demo
+from sglang_moe_routing.engine import signatures
 from sglang_moe_routing.errors import EngineError
 from sglang_moe_routing.integration import refusals
 
@@ -58,7 +59,6 @@ NOT_REFUSED = {
     "enable_metrics": True,
     "nnodes": 2,
     "ep_dispatch_algorithm": "static",
-    "enable_lora": True,
     "enable_hierarchical_cache": True,
     "preferred_sampling_params": '{"stop": "moe_routing_policy", "custom_params": {"own": 1}}',
     "json_model_override_args": '{"num_experts_per_tok": 4}',
@@ -72,7 +72,7 @@ def arguments(**flags: Any) -> ServerArgs:
 def test_every_refused_flag_is_tried_here() -> None:
     from sglang_moe_routing.integration import settings
 
-    assert set(REFUSED) == set(settings.REFUSED_FLAGS)
+    assert {*REFUSED, "enable_lora"} == set(settings.REFUSED_FLAGS)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -86,6 +86,18 @@ def test_a_refused_flag_is_named_with_its_value(name: str) -> None:
 @pytest.mark.parametrize("name", NOT_REFUSED)
 def test_what_is_supported_is_not_refused(name: str) -> None:
     refusals.refuse_unsupported(arguments(**{name: NOT_REFUSED[name]}))
+
+
+@pytest.mark.parametrize("release", ["0.5.22", "0.5.23"])
+def test_adapters_are_refused_in_the_release_in_which_they_were_not_read(
+    release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signatures, "installed", lambda: release)
+    if release != "0.5.22":
+        refusals.refuse_unsupported(arguments(enable_lora=True))
+        return
+    with pytest.raises(EngineError, match="--enable-lora True: what its kernels for adapters do"):
+        refusals.refuse_unsupported(arguments(enable_lora=True))
 
 
 @pytest.mark.parametrize(

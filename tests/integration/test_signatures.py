@@ -147,3 +147,10 @@ def test_modules_whose_names_are_made_on_demand_are_read(monkeypatch: pytest.Mon
     lazy.__path__ = []
     monkeypatch.setitem(sys.modules, "lazy_example", lazy)
     assert signatures.find("lazy_example.anything") == 3
+
+
+def test_a_symbol_that_a_release_file_lacks_is_told_from_a_modified_one() -> None:
+    (finding,) = signatures.compare(
+        signatures.installed_release(), ["sglang.srt.utils.auth.AuthLevel"]
+    )
+    assert finding.problem.endswith(".json: run scripts/make_signatures.py")
