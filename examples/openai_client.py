@@ -19,7 +19,8 @@ print(f"{answer.sglext['moe_routing_policy']}: {answer.choices[0].message.conten
 stream = client.chat.completions.create(
     model=f"demo@{POLICY}", messages=QUESTION, max_tokens=16, stream=True
 )
-print("streamed:", "".join(part.choices[0].delta.content or "" for part in stream if part.choices))
+parts = [part.choices[0].delta.content or "" for part in stream if part.choices]
+print("streamed:", repr("".join(parts)))
 
 try:
     client.completions.create(model="demo@nonesuch", prompt="It was")

@@ -100,8 +100,9 @@ class ServedModel:
         without = next((layer for layer in self.layers if not layer.uses_kernels), None)
         if without is None:
             return self._implementation.name
-        reason = written_in_torch(without.table) or self._implementation.reason
-        return f"{REFERENCE}: {reason}"
+        if self._implementation.is_native:
+            return f"{REFERENCE}: {written_in_torch(without.table)}"
+        return f"{REFERENCE}: {self._implementation.reason}"
 
     @property
     def plan(self) -> Plan | None:

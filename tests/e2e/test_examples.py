@@ -32,5 +32,5 @@ def test_openai_client(served: Running) -> None:
         sys.executable, str(EXAMPLES / "openai_client.py"), served.url, "oea-k3"
     ).splitlines()
     assert first.startswith("oea-k3: '")
-    assert len(streamed) > len("streamed: ")
+    assert len(streamed) > len("streamed: ''")
     assert "unknown MoE routing policy 'nonesuch'" in refused

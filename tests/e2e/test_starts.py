@@ -142,7 +142,7 @@ def test_servers_that_scripts_start_serve_the_policies(tmp_path: Path, config: P
         "header": [200, "topk-k3"],
         "unknown": [400, None],
         "default": [200, "vanilla"],
-        "policies": 9,
+        "policies": 13,
         "statistics": 200,
         "counted": ["1.0"],
         "reload": 200,
