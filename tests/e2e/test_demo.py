@@ -152,6 +152,12 @@ def test_check_names_what_is_wrong(command: Command, tmp_path: Path) -> None:
     assert "no such similarity artifact" in found["problems"][0]
 
 
+def share_of_base(numbers: dict[str, float]) -> float:
+    """Experts that are left of those that the router chose. On a busy machine requests start one
+    after the other, and all policies load fewer; the share stays."""
+    return numbers["active_experts"] / numbers["active_experts_base"]
+
+
 @pytest.mark.serial  # policies are compared by how many requests run at once
 def test_demo_shows_the_saving_and_checks_the_routing(command: Command) -> None:
     run = command("demo", "--json")
@@ -165,9 +171,9 @@ def test_demo_shows_the_saving_and_checks_the_routing(command: Command) -> None:
         assert numbers["tpot_ms"] > 0
     vanilla = policies["vanilla"]
     assert vanilla["active_experts"] == vanilla["active_experts_base"]
-    oea, sere = policies["oea-k3"], policies["sere-s3"]
-    assert oea["active_experts"] <= 0.75 * vanilla["active_experts"]
-    assert sere["active_experts"] <= 1.05 * oea["active_experts"]
+    oea, sere = (share_of_base(policies[name]) for name in ("oea-k3", "sere-s3"))
+    assert oea <= 0.75
+    assert sere <= 1.05 * oea
     assert policies["budget-24"]["active_experts"] == 24
     mixed = found["mixed"]
     assert mixed["problem"] is None
